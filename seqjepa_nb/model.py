@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from .runs import write_json
+from .runs import replacing, write_json
+from .torus import GroupHead, pose_dims
 
 # %% ../nbs/03_model.ipynb #27a55f86
 def _stage(inner, outer, stride):
@@ -82,20 +83,23 @@ class SeqJEPA(nn.Module):
         'ema' (a slow copy of the encoder) or 'stop' (the encoder itself without gradient).
     decay : float
         Of the slow copy, for each step.
+    factors : sequence of str
+        If given, z gets pose coordinates for these factors beside its content; see `torus.GroupHead`.
     action_dim, action_embed : int
         Numbers in an action, and what they are embedded in.
     """
 
-    def __init__(self, width: int = 64, target: str = "ema", decay: float = 0.996, action_dim: int = 5, action_embed: int = 64):
+    def __init__(self, width: int = 64, target: str = "ema", decay: float = 0.996, factors=(), action_dim: int = 5,
+                 action_embed: int = 64):
         super().__init__()
         if target not in ("ema", "stop"):
             raise ValueError(f"target is 'ema' or 'stop', not {target!r}")
         if width < 1 or (8 * width + action_embed) % 4:
             raise ValueError(f"width {width}: 8 * width + action_embed must be a multiple of the 4 heads")
         here = locals()
-        self.config = {k: here[k] for k in inspect.signature(SeqJEPA).parameters}
-        self.dim, self.agg_dim, self.decay = 8 * width, 8 * width + action_embed, decay
-        self.encoder = ResNetEncoder(width)
+        self.config = {k: here[k] for k in inspect.signature(SeqJEPA).parameters} | {"factors": list(factors)}
+        self.dim, self.agg_dim, self.pose_dim, self.decay = 8 * width, 8 * width + action_embed, pose_dims(factors), decay
+        self.encoder = nn.Sequential(ResNetEncoder(width), GroupHead(self.dim, factors)) if factors else ResNetEncoder(width)
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False) if target == "ema" else None
         self.action = nn.Sequential(nn.Linear(action_dim, action_embed, bias=False), nn.BatchNorm1d(action_embed, affine=False))
         self.aggregator = Aggregator(self.agg_dim)
@@ -136,9 +140,8 @@ class SeqJEPA(nn.Module):
     def save_pretrained(self, folder):
         """Write `model.safetensors` and `model.json` into a local folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors.part")
-        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+        with replacing(folder / "model.safetensors") as part:
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part)
         write_json(folder / "model.json", self.config)
 
     @classmethod
