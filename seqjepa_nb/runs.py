@@ -132,9 +132,12 @@ def write_history(folder, rows: list):
 
 # %% ../nbs/07_runs.ipynb #6052b1b4
 def save_state(path, tensors: dict, meta: dict):
-    """Write tensors by name and a JSON dictionary into one safetensors file, whole or not at all."""
+    """Write tensors by name and a JSON dictionary into one safetensors file, whole or not at all (then an OSError)."""
     with replacing(path) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"meta": json.dumps(plain(meta))})
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"meta": json.dumps(plain(meta))})
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error}); what it held before is still there") from error
 
 
 def load_state(path) -> tuple:
@@ -259,7 +262,7 @@ def read_run(folder) -> Run:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a run's folder: it has no config.json")
-    history = _read(folder / "history.csv", lambda p: pd.read_csv(p, float_precision="round_trip"), pd.DataFrame())
+    history = _read(folder / "history.csv", pd.read_csv, pd.DataFrame())
     return Run(folder, _read(folder / "config.json", _read_json, {}), _read(folder / "metrics.json", _read_json, {}), history,
                {p.stem: p for p in sorted((folder / "figures").glob("[!.]*.png"))})
 

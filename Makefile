@@ -1,0 +1,59 @@
+# make report   train on this machine, build the site, say where it is
+# make test     everything that has to hold
+# make help     the other targets
+
+SHELL := /bin/bash
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+START := $(shell date +%s)
+
+# An interpreter may be named: make test PYTHON=/opt/python3.12/bin/python3
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3.11 python3)
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+BUILD := $(BIN)/jupyter-book build book -W -n --keep-going --all
+
+.PHONY: help report test venv export nbtest book runs clean
+
+help:
+	@echo "make report   install, train rotation and multi, build the site (two cores: within 20 minutes)"
+	@echo "make test     export drift, every notebook, pytest, the book with warnings as errors, the site in a browser"
+	@echo "make venv     install into .venv                make export   notebooks -> seqjepa_nb/"
+	@echo "make nbtest   run the notebooks as tests        make book     build the site into book/_build/html"
+	@echo "make clean    remove what was built (runs/ and data/ stay)"
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@python=; for p in $(CANDIDATES); do \
+	    if command -v $$p >/dev/null && $$p -c '$(FITS)' 2>/dev/null; then python=$$p; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "seqjepa_nb needs Python 3.11 or 3.12; none of these is one: $(CANDIDATES)." >&2; \
+	    echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; \
+	fi; \
+	echo "Installing into .venv with $$python ($$($$python -V 2>&1)): some 3 GB to download on a first time."; \
+	$$python -m venv .venv || { echo "No virtual environment could be made. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	@touch $@
+
+report: $(INSTALLED)
+	@$(BIN)/python book/report.py $(START)
+
+test: nbtest
+	$(BIN)/pytest
+
+# Each notebook in a process of its own, two at a time, one thread each.
+nbtest: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+
+export: $(INSTALLED)
+	$(BIN)/nbdev_export
+
+book: $(INSTALLED)
+	$(BUILD)
+
+clean:
+	rm -rf book/_build seqjepa_nb.egg-info .pytest_cache _proc build dist
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+"""Let Sphinx read nbdev notebooks: `#|` lines become cell tags and disappear from the page."""
+import json
+import re
+
+DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(.+?)\s*$")
+TAGS = {
+    "hide": "remove-cell",
+    "include: false": "remove-cell",
+    "echo: false": "remove-input",
+    "code-fold": "hide-input",
+    "code-fold: true": "hide-input",
+    "eval: false": "skip-execution",
+}
+
+
+def translate(cell):
+    """Move a code cell's directives into its tags; None where nothing is left to run or show."""
+    lines = "".join(cell["source"]).splitlines()
+    directives = [m[1] for line in lines if (m := DIRECTIVE.match(line))]
+    source = "\n".join(line for line in lines if not DIRECTIVE.match(line)).strip("\n")
+    if not source or "nbdev_export(" in source:
+        return None
+    tags = cell["metadata"].get("tags", []) + [TAGS[d] for d in directives if d in TAGS]
+    metadata = {**cell["metadata"], "tags": tags} if tags else cell["metadata"]
+    return {**cell, "source": source, "metadata": metadata}
+
+
+def source_read(app, docname, source):
+    """Sphinx event: rewrite the text of one notebook before it is parsed."""
+    if not str(app.env.doc2path(docname)).endswith(".ipynb"):
+        return
+    notebook = json.loads(source[0])
+    cells = (c if c["cell_type"] != "code" else translate(c) for c in notebook["cells"])
+    source[0] = json.dumps({**notebook, "cells": [c for c in cells if c is not None]})
+
+
+def plain_sentence(app, what, name, obj, options, lines):
+    """Sphinx event: keep napoleon from taking what stands before a colon in a value's docstring for its type."""
+    if what in ("data", "attribute", "property"):
+        lines.insert(0, "")
+
+
+def setup(app):
+    app.connect("source-read", source_read)
+    app.connect("autodoc-process-docstring", plain_sentence, priority=400)
+    return {"version": "1", "parallel_read_safe": True}

@@ -1,0 +1,49 @@
+"""`make report`: train both modes on this machine, build the site, say where it is and how long each part took."""
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+MODES = ("rotation", "multi")
+PAGE = ROOT / "book" / "_build" / "html" / "index.html"
+
+
+def clock(seconds):
+    """Seconds as minutes and seconds."""
+    return f"{int(seconds) // 60:3d} min {int(seconds) % 60:02d} s"
+
+
+def train(mode):
+    """Command that runs the training notebook in one mode, with the preset that suits the machine."""
+    return [BIN / "papermill", "nbs/20_train.ipynb", f"runs/{mode}.ipynb", "-p", "mode", mode, "--no-progress-bar", "--log-level", "WARNING"]
+
+
+def plan():
+    """The parts, each a name and a command."""
+    site = [BIN / "jupyter-book", "build", "book", "-W", "-n", "--keep-going", "--all", "-q"]
+    return [(f"train {mode}", train(mode)) for mode in MODES] + [("build the site", site)]
+
+
+def main(started):
+    import torch
+
+    gpu = torch.cuda.is_available()
+    took = {"install and check": time.time() - started}
+    print(f"Plan: train {' and '.join(MODES)} with preset {'base' if gpu else 'quick'} on the {'GPU' if gpu else 'CPU'}, then build the site.")
+    print("On two cores and no GPU: about two to four minutes a mode, about five for the site. Finished runs are not trained again.", flush=True)
+    (ROOT / "runs").mkdir(exist_ok=True)
+    for name, command in plan():
+        print(f"\n--- {name}", flush=True)
+        begun = time.time()
+        code = subprocess.run(command, cwd=ROOT).returncode
+        took[name] = time.time() - begun
+        if code:
+            sys.exit(f"'{name}' failed after {clock(took[name]).strip()}: see above. The same command goes on from there.")
+    print("\n" + "\n".join(f"{name:<18} {clock(s)}" for name, s in took.items()))
+    print(f"{'together':<18} {clock(time.time() - started)}\n\nThe report: {PAGE.as_uri()}")
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))

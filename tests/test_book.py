@@ -1,0 +1,130 @@
+"""The book builds without a warning, lists every chapter in both tables of contents, and types no run's number."""
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import yaml
+from built import ROOT, site  # noqa: F401
+
+BOOK = ROOT / "book"
+
+
+def book_chapters():
+    """[(part or None, [files])] of book/_toc.yml, paths from the repository's root and without suffix."""
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+    place = lambda file: file if file.startswith("nbs/") else f"book/{file}"
+    return [(None, [place(toc["root"])])] + [(p["caption"], [place(c["file"]) for c in p["chapters"]]) for p in toc["parts"]]
+
+
+def quarto_chapters():
+    """The same of _quarto.yml."""
+    found = []
+    for item in yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]:
+        part, files = (None, [item]) if isinstance(item, str) else (item["section"], item["contents"])
+        files = [f if isinstance(f, str) else f["href"] for f in files]
+        assert all((ROOT / f).is_file() for f in files), f"_quarto.yml names a file that is not there: {files}"
+        found.append((part, [f.rsplit(".", 1)[0] for f in files]))
+    return found
+
+
+def test_builds_without_a_warning(site):
+    warnings = [line for line in site.log.splitlines() if "WARNING:" in line or "ERROR:" in line]
+    assert site.code == 0 and not warnings, "\n".join(warnings) or site.log[-3000:]
+    for _, files in book_chapters():
+        for file in files:
+            assert (site.html / f"{file.removeprefix('book/')}.html").is_file(), f"{file} has no page"
+
+
+def test_no_directive_reaches_a_page(site):
+    """What the reader sees is the code, not nbdev's instructions."""
+    shown = [p.name for p in site.html.glob("nbs/*.html") if re.search(r"#\||nbdev_export\(|default_exp", p.read_text())]
+    assert not shown, f"nbdev directives are visible in {shown}"
+
+
+def test_the_readme_example_runs():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code += "assert out.z.shape == (64, 3, 128) and out.prediction.shape == out.target.shape == (64, 128)\n"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_quarto_lists_the_same_chapters():
+    assert quarto_chapters() == book_chapters()
+
+
+def test_every_notebook_run_and_module_has_a_chapter():
+    listed = {f for _, files in book_chapters() for f in files}
+    notebooks = {f"nbs/{p.stem}" for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith("2")}
+    runs = {f"book/runs/{p.parent.name}/{p.stem}" for p in BOOK.glob("runs/*/*.ipynb")}
+    modules = {f"book/api/{p.stem}" for p in (ROOT / "seqjepa_nb").glob("[a-z]*.py")}
+    assert (notebooks | runs | modules) - listed == set()
+
+
+NUMBER = re.compile(r"(?<![\w.,/-])[-−]?\d+\.\d+(?![\w./])")
+SETTING = {"0.996", "0.1307", "0.3081"}  # decay of the moving average; mean and deviation of MNIST
+
+
+def leaves(value):
+    """All fractional numbers in nested dictionaries and lists."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, float) and value != int(value) else [n for v in children for n in leaves(v)]
+
+
+def numbers_of_runs(folder):
+    """(final numbers, numbers of the history) of the run folders in `folder`."""
+    final, history = [], []
+    for path in folder.glob("*/metrics.json"):
+        final += leaves(json.loads(path.read_text()))
+        with open(path.with_name("history.csv")) as file:
+            history += [float(v) for row in csv.DictReader(file) for v in row.values() if v and "." in v]
+    return final, history
+
+
+def typed(text, final, history):
+    """Numbers in a page's text that equal a run's number at the precision written.
+
+    Of three significant digits a final number is recognised, of four any number of the history; fewer digits recognise
+    nothing. Code, and paragraphs that cite where a number comes from, are left out.
+    """
+    found = []
+    text = re.sub(r"```.*?```|`[^`]*`", " ", text, flags=re.S)
+    for block in re.split(r"\n\s*\n", text):
+        if "{cite" in block:
+            continue
+        for token in NUMBER.findall(re.sub(r"\]\([^)]*\)|https?://\S+", " ", block)):
+            token = token.replace("−", "-")
+            digits = len(token.replace("-", "").replace(".", "").lstrip("0"))
+            known = (final if digits >= 3 else []) + (history if digits >= 4 else [])
+            places = len(token.split(".")[1])
+            if token not in SETTING and any(f"{v:.{places}f}" == token for n in known for v in (n, 100 * n)):
+                found.append(token)
+    return found
+
+
+def pages():
+    """Text of every page that is written by hand: (path, text)."""
+    for path in (ROOT / "README.md", *BOOK.rglob("*.md")):
+        if "_build" not in path.parts:
+            yield path, path.read_text()
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        yield path, "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+def test_no_number_of_a_run_is_typed():
+    final, history = numbers_of_runs(BOOK / "runs")
+    original = {str(v) for v in leaves(json.loads((BOOK / "original.json").read_text()))}
+    bad = {str(p.relative_to(ROOT)): n for p, text in pages() if (n := [t for t in typed(text, final, history) if t not in original])}
+    assert not bad, f"read these from the run's files instead of typing them: {bad}"
+
+
+def test_a_typed_number_is_recognised(tmp_path):
+    run = tmp_path / "rotation-original-small-mnist-s0"
+    run.mkdir()
+    (run / "metrics.json").write_text(json.dumps({"published": {"loss": -2.9374}, "controlled": {"factors": {"x": {"ev": 0.41872}}}}))
+    (run / "history.csv").write_text("epoch,linacc\n1,23.4375\n")
+    numbers = numbers_of_runs(tmp_path)
+    assert typed("A share of 0.419, a loss of −2.94 and an accuracy of 23.44 in epoch 1.", *numbers) == ["0.419", "-2.94", "23.44"]
+    assert typed("| share | 41.9 % |", *numbers) == ["41.9"]
+    assert typed("0.42, 0.418, `0.419`, [0.5](page-0.419.html) and 0.4187 by {cite}`seqjepa`.", *numbers) == []

@@ -1,0 +1,168 @@
+"""Whole runs: killed, interrupted, out of disk, refused, offline."""
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import ROOT, TINY, fit_command, papermill
+
+
+def numbers(folder):
+    """What a run found, without what depends on the clock."""
+    (run,) = folder.glob("*/metrics.json")
+    found = json.loads(run.read_text())
+    with (run.parent / "history.csv").open() as f:
+        history = list(csv.DictReader(f))
+    return found["published"], found["controlled"], history
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    subprocess.run(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    return numbers(folder)
+
+
+def kill_after_epoch(folder, epochs, delay):
+    """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written."""
+    from seqjepa_nb.runs import load_state
+    process = subprocess.Popen(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        state = next(folder.glob("*/state.safetensors"), None)
+        if state and len(load_state(state)[1]["history"]) >= epochs:
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, process.stdout.read().decode()
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("epochs, delay", [(1, 0.0), (2, 0.15)], ids=["between epochs", "during an epoch"])
+def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm, unbroken, epochs, delay):
+    kill_after_epoch(tmp_path, epochs, delay)
+    assert not list(tmp_path.glob("*/metrics.json"))
+    done = subprocess.run(fit_command(tmp_path), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "going on after epoch" in done.stdout
+    assert numbers(tmp_path) == unbroken
+
+
+def test_kill_before_the_first_epoch_leaves_nothing_in_the_way(tmp_path, calm, unbroken):
+    process = subprocess.Popen(fit_command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("*/config.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run(fit_command(tmp_path), cwd=ROOT, check=True, capture_output=True)
+    assert numbers(tmp_path) == unbroken
+
+
+def test_interrupt_says_how_to_go_on(tmp_path, calm, unbroken):
+    process = subprocess.Popen(fit_command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not list(tmp_path.glob("*/state.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "The same command goes on from there" in said
+    subprocess.run(fit_command(tmp_path), cwd=ROOT, check=True, capture_output=True)
+    assert numbers(tmp_path) == unbroken
+
+
+def test_full_disk_keeps_the_last_whole_state(tmp_path, calm, unbroken):
+    """A file can't grow past a limit, as on a full disk: the run fails with a clear error, no half file stays, and with room again it goes on."""
+    kill_after_epoch(tmp_path, 1, 0.0)
+    (state,) = tmp_path.glob("*/state.safetensors")
+    before, names = state.read_bytes(), sorted(p.name for p in state.parent.iterdir())
+    small = len(before) // 2
+    failed = subprocess.run(fit_command(tmp_path), cwd=ROOT, capture_output=True, text=True,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small)))
+    assert failed.returncode != 0 and "File too large" in failed.stderr, failed.stderr
+    assert state.read_bytes() == before
+    assert sorted(p.name for p in state.parent.iterdir()) == names
+    subprocess.run(fit_command(tmp_path), cwd=ROOT, check=True, capture_output=True)
+    assert numbers(tmp_path) == unbroken
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, calm):
+    subprocess.run(fit_command(tmp_path), cwd=ROOT, check=True, capture_output=True)
+    (file,) = tmp_path.glob("*/metrics.json")
+    stamp = file.stat().st_mtime_ns
+    done = subprocess.run(fit_command(tmp_path), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "finished already" in done.stdout and file.stat().st_mtime_ns == stamp
+
+
+TINY_YAML = json.dumps({"overrides": TINY | {"epochs": 2}})
+
+
+@pytest.mark.parametrize("mode", ["rotation", "multi", "translation", "scale"])
+def test_papermill_runs_each_mode(tmp_path, calm, mode):
+    out = tmp_path / "out.ipynb"
+    done = papermill("nbs/20_train.ipynb", out, "-p", "mode", mode, "-p", "preset", "quick", "-p", "runs_dir", tmp_path / "runs", "-y", TINY_YAML)
+    assert done.returncode == 0, done.stderr
+    assert "s/it" in done.stderr or "it/s" in done.stderr
+    metrics = json.loads(next((tmp_path / "runs").glob("*/metrics.json")).read_text())
+    assert metrics["run"]["mode"] == mode
+    assert list(metrics["controlled"]["factors"]) == {"rotation": ["rotation"], "scale": ["scale"], "translation": ["x", "y"], "multi": ["rotation", "x", "y", "scale"]}[mode]
+    cells = json.loads(out.read_text())["cells"]
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) >= (6 if mode in ("rotation", "multi") else 4)
+    assert "**Finding.**" in "".join(outputs[-1]["data"]["text/markdown"])
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["-p", "mode", "shear"], "rotation, translation, scale, multi"),
+    (["-p", "modes", "rotation"], "mode, variant, preset"),
+    (["-p", "variant", "best"], "original"),
+    (["-p", "preset", "huge"], "quick"),
+    (["-p", "seed", "one"], "seed is a int"),
+    (["-p", "device", "cuda:99"], "is not there"),
+    (["-p", "dataset", "/no/such/folder"], "is not a folder"),
+    (["-p", "wandb_mode", "sometimes"], "disabled"),
+    (["-y", "{overrides: {lrr: 1}}"], "unknown names lrr"),
+])
+def test_papermill_refuses_before_any_work(tmp_path, calm, arguments, words):
+    done = papermill("nbs/20_train.ipynb", tmp_path / "out.ipynb", "-p", "runs_dir", tmp_path / "runs", *arguments)
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert not list(tmp_path.glob("runs/*/*.safetensors"))
+
+
+def test_help_explains_every_parameter():
+    from papermill.inspection import inspect_notebook
+    found = inspect_notebook(str(ROOT / "nbs" / "20_train.ipynb"))
+    assert set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "wandb_mode", "overrides"}
+    assert all(p["help"] for p in found.values())
+
+
+def test_without_a_network_the_digits_come_from_the_wheel(tmp_path, calm):
+    """With every socket refused and no files, MNIST is the 5 000 digits, said in one line and recorded."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket\ndef refuse(*a, **k): raise OSError('the network is cut off')\n"
+        "socket.create_connection = socket.getaddrinfo = refuse\n")
+    environment = os.environ | {"SEQJEPA_DATA": str(tmp_path / "data"), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(fit_command(tmp_path / "runs"), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sum("mnist5k" in line and "MNIST is neither in" in line for line in done.stdout.splitlines()) == 1
+    found = json.loads(next((tmp_path / "runs").glob("*/metrics.json")).read_text())
+    assert found["environment"]["data"] == "mnist5k"
+
+
+def test_damaged_files_are_named(tmp_path):
+    from seqjepa_nb.images import load_images
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"\x00" * 100)
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is damaged"):
+        load_images("mnist", 10, 10, root=tmp_path)
+    batch = tmp_path / "cifar-10-batches-bin"
+    batch.mkdir()
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        (batch / name).write_bytes(b"\x00" * 1000)
+    with pytest.raises(ValueError, match="data_batch_1.bin is damaged"):
+        load_images("cifar10", 10, 10, root=tmp_path)
