@@ -214,7 +214,7 @@ def environment(device, data_source: str, n_train: int, n_test: int, started: fl
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "sklearn": sklearn.__version__, "platform": platform.platform(terse=True), "cores": cores, "commit": commit(),
+            "sklearn": sklearn.__version__, "platform": f"{platform.system()} {platform.machine()}", "cores": cores, "commit": commit(),
             "data": data_source, "train_images": n_train, "test_images": n_test, "peak_mb": round(peak_mb(device), 1),
             "wall_s": round(time.time() - started, 1), "train_s": round(train_s, 1),
             "views_per_s": round(views / train_s, 1) if views and train_s else None,

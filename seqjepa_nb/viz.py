@@ -491,7 +491,7 @@ def comparison_bars(table, columns) -> Figure:
     return fig
 
 # %% ../nbs/06_viz.ipynb #0d7f2b78
+#: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
             (sweep_traj_rot, rotation_circle, combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, translation_lines, view_strip,
              history_curves, comparison_bars)}
-"""What to look for in each figure, by the function's name."""
