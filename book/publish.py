@@ -1,0 +1,71 @@
+"""Publish finished runs: python book/publish.py runs/rotation-original.ipynb [more executed notebooks]
+
+Copies each run's small files (configuration, metrics, history, figures; no weights) and its executed notebook into
+`book/runs/<run>/`, and lists it as a chapter in both tables of contents. Publishing a run again replaces it.
+"""
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from seqjepa_nb import runs
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT, FIGURE = 1_000_000, 150_000
+
+
+def executed(path):
+    """(run's name, cleaned notebook) of an executed 20_train or 21_lie_baseline notebook."""
+    notebook = json.loads(path.read_text())
+    if notebook["metadata"].get("papermill", {}).get("exception"):
+        sys.exit(f"{path} did not finish")
+    text = json.dumps(notebook)
+    found = re.search(r"'((?:rotation|multi|translation|scale)[\w.-]*-s\d+[\w.-]*)'", text)
+    if not found:
+        sys.exit(f"{path} names no run")
+    notebook["metadata"] = {"kernelspec": notebook["metadata"]["kernelspec"]}
+    for cell in notebook["cells"]:
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+    title = f"# {found[1]}\n"
+    first = "".join(notebook["cells"][0]["source"])
+    notebook["cells"][0]["source"] = re.sub(r"\A# .*\n", title, first).splitlines(keepends=True)
+    return found[1], notebook
+
+
+def list_chapter(name, page):
+    """Add the chapter to both tables of contents, behind the last published run, unless it is there."""
+    for file, entry, ahead in ((ROOT / "book" / "_toc.yml", f"      - file: runs/{name}/{page.stem}\n", "  - caption: The experiment\n    chapters:\n"),
+                               (ROOT / "_quarto.yml", f"          - book/runs/{name}/{page.name}\n", "      - section: The experiment\n        contents:\n")):
+        text = file.read_text()
+        if entry not in text:
+            known = [m.end() for m in re.finditer(r" +- (?:file: |book/)runs/.*\n", text)]
+            at = known[-1] if known else text.index(ahead) + len(ahead)
+            runs.write_text(file, text[:at] + entry + text[at:])
+
+
+def publish(path):
+    """Publish one executed notebook's run."""
+    name, notebook = executed(path)
+    source, target = path.parent / name, ROOT / "book" / "runs" / name
+    if not runs.read_run(source).finished:
+        sys.exit(f"{source} is not finished")
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "figures").mkdir(parents=True)
+    for file in (source / "config.json", source / "metrics.json", source / "history.csv", *source.glob("figures/*.png")):
+        if file.exists():
+            shutil.copy(file, target / file.relative_to(source))
+    page = target / "20_train.ipynb"
+    runs.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    sizes = {f: f.stat().st_size for f in target.rglob("*") if f.is_file()}
+    if sum(sizes.values()) > LIMIT or any(s > FIGURE for f, s in sizes.items() if f.suffix == ".png"):
+        sys.exit(f"{target} is too large: {sum(sizes.values()) / 1e6:.2f} MB (a run may take 1 MB, a figure 150 kB)")
+    list_chapter(name, page)
+    print(f"{target.relative_to(ROOT)}: {sum(sizes.values()) / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    for argument in sys.argv[1:]:
+        publish(Path(argument))
