@@ -3,6 +3,7 @@
 Copies each run's small files (configuration, metrics, history, figures; no weights) and its executed notebook into
 `book/runs/<run>/`, and lists it as a chapter in both tables of contents. Publishing a run again replaces it.
 """
+import base64
 import json
 import re
 import shutil
@@ -27,6 +28,9 @@ def executed(path):
     notebook["metadata"] = {"kernelspec": notebook["metadata"]["kernelspec"]}
     for cell in notebook["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+        for output in cell.get("outputs", []):
+            if picture := output.get("data", {}).get("image/png"):
+                output["data"]["image/png"] = base64.b64encode(runs.small_png(base64.b64decode(picture))).decode()
     title = f"# {found[1]}\n"
     first = "".join(notebook["cells"][0]["source"])
     notebook["cells"][0]["source"] = re.sub(r"\A# .*\n", title, first).splitlines(keepends=True)
@@ -52,9 +56,11 @@ def publish(path):
         sys.exit(f"{source} is not finished")
     shutil.rmtree(target, ignore_errors=True)
     (target / "figures").mkdir(parents=True)
-    for file in (source / "config.json", source / "metrics.json", source / "history.csv", *source.glob("figures/*.png")):
+    for file in (source / "config.json", source / "metrics.json", source / "history.csv"):
         if file.exists():
-            shutil.copy(file, target / file.relative_to(source))
+            shutil.copy(file, target)
+    for file in source.glob("figures/*.png"):
+        (target / "figures" / file.name).write_bytes(runs.small_png(file.read_bytes()))
     page = target / "20_train.ipynb"
     runs.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     sizes = {f: f.stat().st_size for f in target.rglob("*") if f.is_file()}

@@ -100,6 +100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.runs.run_name': ('runs.html#run_name', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.save_state': ('runs.html#save_state', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.show': ('runs.html#show', 'seqjepa_nb/runs.py'),
+                                 'seqjepa_nb.runs.small_png': ('runs.html#small_png', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.start_wandb': ('runs.html#start_wandb', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.table': ('runs.html#table', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.terminal': ('runs.html#terminal', 'seqjepa_nb/runs.py'),
