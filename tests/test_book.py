@@ -43,6 +43,15 @@ def test_no_directive_reaches_a_page(site):
     assert not shown, f"nbdev directives are visible in {shown}"
 
 
+def test_published_runs_are_shown_as_they_ran(site):
+    for path in BOOK.glob("runs/*/*.ipynb"):
+        about = [line for line in site.log.splitlines() if f"{path.relative_to(BOOK)}: " in line]
+        assert any("Excluded from execution" in line for line in about) and not any("Executing" in line for line in about), about
+        pictures = sum("image/png" in o.get("data", {}) for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", []))
+        page = (site.html / path.relative_to(BOOK)).with_suffix(".html").read_text()
+        assert pictures and page.count("<img") >= pictures and "Finding." in page
+
+
 def test_the_readme_example_runs():
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     code += "assert out.z.shape == (64, 3, 128) and out.prediction.shape == out.target.shape == (64, 128)\n"

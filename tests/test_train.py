@@ -23,14 +23,14 @@ def numbers(folder):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    subprocess.run(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    subprocess.run(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}, check=True, capture_output=True)
     return numbers(folder)
 
 
 def kill_after_epoch(folder, epochs, delay):
     """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written."""
     from seqjepa_nb.runs import load_state
-    process = subprocess.Popen(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         state = next(folder.glob("*/state.safetensors"), None)
