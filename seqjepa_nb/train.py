@@ -439,7 +439,8 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     for name, figure in figures.items():
         runs.write_figure(folder / "figures" / f"{name}.png", figure)
     runs.log_figures(log, figures, max(1, config.epochs))
-    runs.write_history(folder, history)
+    if history:
+        runs.write_history(folder, history)
     learner.model.save_pretrained(folder)
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, spent,

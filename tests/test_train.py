@@ -31,13 +31,12 @@ def kill_after_epoch(folder, epochs, delay):
     """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written."""
     from seqjepa_nb.runs import load_state
     process = subprocess.Popen(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
+    done = 0
+    while done < epochs and process.poll() is None:
         state = next(folder.glob("*/state.safetensors"), None)
-        if state and len(load_state(state)[1]["history"]) >= epochs:
-            break
+        done = len(load_state(state)[1]["history"]) if state else 0
         time.sleep(0.01)
-    assert process.poll() is None, process.stdout.read().decode()
+    assert process.poll() is None and done >= epochs, process.stdout.read().decode()
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.wait()
