@@ -48,7 +48,7 @@ def probe_data(encode, images: Tensor, limits: Ranges, seed: int, aggregate=None
 # %% ../nbs/12_measure.ipynb #d9bccac8
 ANCHORS = 256
 K = {"rotation": 2, "x": 1, "y": 1, "scale": 1}
-"""Dimensions that a factor needs at least: a circle needs two, a line one."""
+"""The fewest dimensions that each factor needs, two for a circle and one for a line."""
 
 
 def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=None, seed: int = 7) -> tuple:

@@ -266,8 +266,9 @@ def draw(frozen: Frozen, images, config: Config, limits, arrays) -> dict:
     values = {f: subspace.sweep_values(f, limits) for f in MODES[config.mode]}
     sweeps = {f: (subspace.sweep(lambda x: measure.in_chunks(frozen.encode, x), few, f, v, limits.padding), v) for f, v in values.items()}
     deltas = z[:, 1] - z[:, 0]
+    alone = {f"{f} alone": (s - s[:, v.abs().argmin(), None]).flatten(0, 1) for f, (s, v) in sweeps.items()}
     figures = {"combined_trajectories": viz.combined_trajectories(sweeps),
-               "eigs_rot": viz.eigs_rot({"all test deltas": subspace.spectrum(deltas)} | {f"{f} alone": subspace.spectrum(s.flatten(0, 1)) for f, (s, _) in sweeps.items()}),
+               "eigs_rot": viz.eigs_rot({name: subspace.spectrum(d) for name, d in ({"all test deltas": deltas} | alone).items()}),
                "rank_monitor": viz.rank_monitor({"z": subspace.spectrum(z[:, 0]), "z_agg": subspace.spectrum(z_agg)})}
     if "rotation" in sweeps:
         figures |= {"sweep_traj_rot": viz.sweep_traj_rot(*sweeps["rotation"]), "rotation_circle": viz.rotation_circle(deltas, poses[:, 1, 0])}

@@ -85,6 +85,8 @@ def numbers_of_runs(folder):
     final, history = [], []
     for path in folder.glob("*/metrics.json"):
         final += leaves(json.loads(path.read_text()))
+        if not path.with_name("history.csv").exists():  # an untrained control has none
+            continue
         with open(path.with_name("history.csv")) as file:
             history += [float(v) for row in csv.DictReader(file) for v in row.values() if v and "." in v]
     return final, history
