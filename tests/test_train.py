@@ -117,7 +117,7 @@ def test_papermill_runs_each_mode(tmp_path, calm, mode):
 
 @pytest.mark.parametrize("arguments, words", [
     (["-p", "mode", "shear"], "rotation, translation, scale, multi"),
-    (["-p", "modes", "rotation"], "mode, variant, preset"),
+    (["-p", "modes", "rotation"], "unknown parameter modes. Valid: dataset, device, mode"),
     (["-p", "variant", "best"], "original"),
     (["-p", "preset", "huge"], "quick"),
     (["-p", "seed", "one"], "seed is a int"),
