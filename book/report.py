@@ -40,7 +40,7 @@ def main(started):
         code = subprocess.run(command, cwd=ROOT).returncode
         took[name] = time.time() - begun
         if code:
-            sys.exit(f"'{name}' failed after {clock(took[name]).strip()}: see above. The same command goes on from there.")
+            sys.exit(f"'{name}' failed after {clock(took[name]).strip()}: see above. Once that is mended, the same command goes on from there.")
     print("\n" + "\n".join(f"{name:<18} {clock(s)}" for name, s in took.items()))
     print(f"{'together':<18} {clock(time.time() - started)}\n\nThe report: {PAGE.as_uri()}")
 
