@@ -11,7 +11,7 @@ START := $(shell date +%s)
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3.11 python3)
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-BUILD := $(BIN)/jupyter-book build book -W -n --keep-going --all
+BUILD := OMP_NUM_THREADS=1 $(BIN)/jupyter-book build book -W -n --keep-going --all
 
 .PHONY: help report test venv export nbtest book runs clean
 

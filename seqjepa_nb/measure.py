@@ -14,7 +14,7 @@ from .affine import MODES, Ranges, pose_targets, sample_poses, warp
 from .images import ImageSet, to_float
 
 # %% ../nbs/12_measure.ipynb #2152deda
-CHUNK = 512
+CHUNK = 256
 
 
 def in_chunks(f, *tensors: Tensor) -> Tensor:
@@ -37,13 +37,11 @@ def probe_data(encode, images: Tensor, limits: Ranges, seed: int, aggregate=None
     `z_agg` from three transformed views and `z_agg_identity` from the identity and two more, each (n, d').
     """
     poses = sample_poses(len(images), 4, limits, torch.Generator().manual_seed(seed))  # (n, 4, 4)
-    view = lambda i, p: show_views(i, p, limits)
-    found = {"poses": poses[:, 1], "z": in_chunks(lambda i, p: encode(view(i, p)[:, 0]), images, poses[:, 1:2])}
-    if aggregate is not None:
-        both = lambda i, p: aggregate(view(i, p), p.to(i.device))
-        found["z_agg"] = in_chunks(both, images, poses[:, 1:])
-        found["z_agg_identity"] = in_chunks(both, images, poses[:, :3])
-    return found
+    needed = poses if aggregate is not None else poses[:, 1:2]
+    z = in_chunks(lambda i, p: encode(show_views(i, p, limits).flatten(0, 1)).unflatten(0, p.shape[:2]), images, needed)  # (n, v, d)
+    if aggregate is None:
+        return {"poses": poses[:, 1], "z": z[:, 0]}
+    return {"poses": poses[:, 1], "z": z[:, 1], "z_agg": in_chunks(aggregate, z[:, 1:], poses[:, 1:]), "z_agg_identity": in_chunks(aggregate, z[:, :3], poses[:, :3])}
 
 # %% ../nbs/12_measure.ipynb #d9bccac8
 ANCHORS = 256
@@ -65,7 +63,7 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
     limits : Ranges
         How far they go.
     aggregate : callable, optional
-        Views (n, v, c, h, w) and poses (n, v, 4) to one vector a sequence.
+        The views' vectors (n, v, d) and poses (n, v, 4) to one vector a sequence, (n, d').
     seed : int
         Of the poses that the probes see.
 

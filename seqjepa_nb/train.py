@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'CHOICES', 'Config', 'resolve_device', 'fast_bfloat16', 'make_config',
            'epoch_generator', 'make_views', 'Learner', 'rate_of', 'loss_of', 'rate_at', 'Frozen', 'test_sequences',
-           'published', 'draw', 'pack', 'unpack', 'autocast', 'train_epoch', 'estimate_minutes', 'prepare',
-           'folder_name', 'fit']
+           'published', 'draw', 'pack', 'unpack', 'autocast', 'train_epoch', 'estimate_minutes', 'memory_layout',
+           'prepare', 'folder_name', 'fit']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
 import copy
@@ -68,7 +68,7 @@ class Config:
 
 
 PRESETS = {
-    "quick": dict(width=16, n_train=2_000, n_test=500, epochs=8),
+    "quick": dict(width=16, n_train=2_000, n_test=500, epochs=6),
     "small": dict(width=16, n_train=4_000, n_test=1_000),
     "base": dict(),
     "full": dict(n_train=60_000, n_test=10_000, batch=512),
@@ -223,23 +223,16 @@ class Frozen:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Images (n, c, h, w) in [0, 1] to z (n, d)."""
+        """Images (..., c, h, w) in [0, 1] to z (..., d)."""
         self.model.eval()
         return self.model.encode(self._see(x))
 
     @torch.no_grad()
-    def aggregate(self, views: Tensor, poses: Tensor) -> Tensor:
-        """Views (n, v, c, h, w) in [0, 1] and poses (n, v, 4) to z_agg (n, d')."""
+    def aggregate(self, z: Tensor, poses: Tensor) -> Tensor:
+        """The views' z (n, v, d) and poses (n, v, 4) to z_agg (n, d')."""
         self.model.eval()
-        return self.model.aggregate(self.model.encode(self._see(views)), self.model.embed(relative_action(poses[:, :-1], poses[:, 1:])))
-
-    @torch.no_grad()
-    def sequence(self, views: Tensor, poses: Tensor) -> Tensor:
-        """z of each view and z_agg, side by side: (n, v*d + d'), for one pass over the test sequences."""
-        self.model.eval()
-        z = self.model.encode(self._see(views))
-        agg = self.model.aggregate(z, self.model.embed(relative_action(poses[:, :-1], poses[:, 1:])))
-        return torch.cat([z.flatten(1), agg], 1)
+        z, poses = z.to(self.device), poses.to(self.device)
+        return self.model.aggregate(z, self.model.embed(relative_action(poses[:, :-1], poses[:, 1:])))
 
 
 def test_sequences(config: Config, images, limits) -> Tensor:
@@ -251,9 +244,8 @@ def published(config: Config, frozen: Frozen, probes: OnlineProbes, images, limi
     """The published family on the test sequences, and (z (n, v-1, d), z_agg (n, d'), poses (n, v, 4)) for figures."""
     poses = test_sequences(config, images, limits)
     seen = poses[:, :-1]
-    both = measure.in_chunks(lambda i, p: frozen.sequence(measure.show_views(i, p, limits), p.to(i.device)), images.test, seen)
-    n, d = len(poses), frozen.model.dim
-    z, z_agg = both[:, :(config.views - 1) * d].view(n, -1, d), both[:, (config.views - 1) * d:]
+    z = measure.in_chunks(lambda i, p: frozen.encode(measure.show_views(i, p, limits)), images.test, seen)  # (n, v-1, d)
+    z_agg = measure.in_chunks(frozen.aggregate, z, seen)
     on = next(probes.parameters()).device
     numbers = probes.score(z.to(on), z_agg.to(on), images.test_labels, relative_action(seen[:, :-1], seen[:, 1:]).to(on))
     return numbers | subspace.published_subspace(z[:, 0], z[:, 1], z_agg), (z, z_agg, poses)
@@ -353,12 +345,17 @@ def estimate_minutes(config: Config, learner: Learner, images, limits, epochs: i
     return (time.perf_counter() - start) / 2 * (config.n_train // config.batch) * epochs / 60
 
 
+def memory_layout(config: Config) -> torch.memory_format:
+    """Channels last, which convolutions like best; not for narrow networks on a CPU, where oneDNN's backward pass then hangs or errs (its issue 6035)."""
+    return torch.channels_last if config.width >= 16 or config.device != "cpu" else torch.contiguous_format
+
+
 def prepare(config: Config) -> tuple:
     """Images on the device, ranges, learner, probes and the two optimisers of a run, as they are before the first epoch."""
     images = load_images(config.dataset, config.n_train, config.n_test).to(config.device)
     limits = ranges(config.mode, natural=images.source.startswith("cifar10"))
     torch.manual_seed(config.seed)
-    learner = Learner(config, len(images.classes)).to(config.device, memory_format=torch.channels_last)
+    learner = Learner(config, len(images.classes)).to(config.device, memory_format=memory_layout(config))
     probes = OnlineProbes(learner.model.dim, learner.model.agg_dim, len(images.classes)).to(config.device)
     trained = [p for p in learner.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trained, config.lr, fused=True)
