@@ -49,7 +49,7 @@ K = {"rotation": 2, "x": 1, "y": 1, "scale": 1}
 """The fewest dimensions that each factor needs, two for a circle and one for a line."""
 
 
-def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=None, seed: int = 7) -> tuple:
+def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=None, act=None, seed: int = 7) -> tuple:
     """Measure a representation with the controlled protocol.
 
     Parameters
@@ -64,6 +64,8 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
         How far they go.
     aggregate : callable, optional
         The views' vectors (n, v, d) and poses (n, v, 4) to one vector a sequence, (n, d').
+    act : callable, optional
+        The model's own action on its latent, see `subspace.own_action_error`.
     seed : int
         Of the poses that the probes see.
 
@@ -90,7 +92,7 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
         cyclic = f == "rotation" and limits.full_circle
         sweeps[f] = (z, values)
         bases[f] = subspace.basis((z - z0[:, None]).flatten(0, 1), K[f])
-        factors[f] = subspace.factor_report(z, z0, values, f, K[f], cyclic)
+        factors[f] = subspace.factor_report(z, z0, values, f, K[f], cyclic, act)
         y, y_held = pose_targets(fit["poses"], f), pose_targets(held["poses"], f)
         rest, rest_held = (subspace.project_out(d["z"], bases[f]) for d in (fit, held))
         for name, a, b, kind in (("r2", fit["z"], held["z"], "ridge"), ("r2_mlp", fit["z"], held["z"], "mlp"),

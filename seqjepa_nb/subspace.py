@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COUNTS', 'CHUNK', 'RIDGE', 'spectrum', 'explained', 'effective_rank', 'effective_rank_energy', 'basis', 'overlap',
            'stability', 'participation', 'project_out', 'sweep_values', 'sweep_poses', 'sweep', 'explained_by_anchor',
-           'circle', 'align_phase', 'equivariance_error', 'unmoved_error', 'factor_report', 'published_subspace']
+           'circle', 'align_phase', 'equivariance_error', 'unmoved_error', 'own_action_error', 'factor_report',
+           'published_subspace']
 
 # %% ../nbs/05_subspace.ipynb #c25f2109
 import math
@@ -13,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .affine import FACTORS, Ranges, warp
+from .affine import FACTORS, Ranges, relative_action, warp
 
 # %% ../nbs/05_subspace.ipynb #663218b4
 def _centred(x: Tensor, k: int = 1) -> Tensor:
@@ -313,8 +314,31 @@ def unmoved_error(z: Tensor, steps, held_out: float = 0.25, cyclic: bool = False
     pairs = [_pairs(held, step, cyclic) for step in steps]
     return float(torch.stack([(y - x).square().sum() / _spread(y, 0).square().sum() for x, y in pairs]).mean())
 
+# %% ../nbs/05_subspace.ipynb #6a1be9ad
+def own_action_error(z: Tensor, values: Tensor, factor: str, act, steps, cyclic: bool = False, held_out: float = 0.25) -> float:
+    """The error that `equivariance_error` would report for the model's own action.
+
+    Parameters
+    ----------
+    z, steps, cyclic, held_out
+        As for `equivariance_error`.
+    values : Tensor
+        The factor's values along the sweep, (n,).
+    factor : str
+        One of `affine.FACTORS`.
+    act : callable
+        Vectors (m, d) and relative actions (m, 5) to vectors (m, d).
+    """
+    _, held, steps = _split(z, steps, held_out)
+    poses, errors = sweep_poses(factor, values).expand(len(held), -1, -1), []  # (a, n, 4)
+    for step in steps:
+        (x, y), (start, end) = _pairs(held, step, cyclic), _pairs(poses, step, cyclic)
+        said = act(x.float(), relative_action(start, end)).double()
+        errors.append((y - said).square().sum() / _spread(y, 0).square().sum())
+    return float(torch.stack(errors).mean())
+
 # %% ../nbs/05_subspace.ipynb #ada12b83
-def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cyclic: bool) -> dict:
+def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cyclic: bool, act=None) -> dict:
     """Everything the controlled family says of one factor from its sweep.
 
     Parameters
@@ -331,11 +355,13 @@ def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cy
         Dimensions that the factor needs: 2 for rotation, 1 for the others.
     cyclic : bool
         Whether the sweep closes; then the circle is measured too.
+    act : callable, optional
+        The model's own action, see `own_action_error`.
 
     Returns
     -------
     dict
-        `ev`, `ev_anchor`, `effective_rank` (of energies), `equivariance_error` and `unmoved_error` (mean of four steps, from an eighth to half of the sweep), and for a closed sweep `circle`.
+        `ev`, `ev_anchor`, `effective_rank` (of energies), `equivariance_error` and `unmoved_error` (mean of four steps, from an eighth to half of the sweep), with `act` also `own_action_error`, and for a closed sweep `circle`.
     """
     _column(factor)
     if z.ndim != 3 or z0.shape != (z.shape[0], z.shape[2]) or values.shape != (z.shape[1],):
@@ -344,6 +370,8 @@ def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cy
     steps = sorted({max(1, round(z.shape[1] * i / 8)) for i in range(1, 5)})
     report = {"ev": float(energies[:k].sum() / energies.sum()), "ev_anchor": explained_by_anchor(z, k), "effective_rank": _participation(energies),
               "equivariance_error": equivariance_error(z, steps, cyclic=cyclic), "unmoved_error": unmoved_error(z, steps, cyclic=cyclic)}
+    if act is not None:
+        report["own_action_error"] = own_action_error(z, values, factor, act, steps, cyclic)
     return report | ({"circle": circle(z, values)} if cyclic else {})
 
 
