@@ -199,7 +199,7 @@ def peak_mb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def environment(device, data_source: str, n_train: int, n_test: int, started: float, train_s: float, views: int) -> dict:
+def environment(device, data_source: str, n_train: int, n_test: int, started: float, train_s: float, views: int, code: str | None = None) -> dict:
     """The `environment` part of a run's metrics.
 
     Parameters
@@ -216,6 +216,8 @@ def environment(device, data_source: str, n_train: int, n_test: int, started: fl
         Seconds inside the training loop.
     views : int
         Views trained on in that time.
+    code : str, optional
+        The commit that the run began with; by default the present one.
 
     Returns
     -------
@@ -224,7 +226,7 @@ def environment(device, data_source: str, n_train: int, n_test: int, started: fl
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "sklearn": sklearn.__version__, "platform": f"{platform.system()} {platform.machine()}", "cores": cores, "commit": commit(),
+            "sklearn": sklearn.__version__, "platform": f"{platform.system()} {platform.machine()}", "cores": cores, "commit": code or commit(),
             "data": data_source, "train_images": n_train, "test_images": n_test, "peak_mb": round(peak_mb(device), 1),
             "wall_s": round(time.time() - started, 1), "train_s": round(train_s, 1),
             "views_per_s": round(views / train_s, 1) if views and train_s else None,

@@ -452,7 +452,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     -------
     runs.Run
     """
-    started = time.time()
+    started, code = time.time(), runs.commit()
     folder = Path(runs_dir) / folder_name(config)
     say = lambda text: print(text, flush=True)
     if (folder / "config.json").exists() and runs.read_run(folder).config != config.to_dict():
@@ -512,7 +512,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     learner.model.save_pretrained(folder)
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, spent,
-                                   config.epochs * steps * config.batch * config.views)
+                                   config.epochs * steps * config.batch * config.views, code)
     last = {"loss": history[-1]["loss"]} if history else {}
     runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, "environment": environment})
     log.summary.update({"published": numbers, "controlled": found})
