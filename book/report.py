@@ -1,5 +1,6 @@
 """`make report`: train both modes on this machine, build the site, say where it is and how long each part took."""
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,10 +22,24 @@ def train(mode):
     return [BIN / "papermill", "nbs/20_train.ipynb", f"runs/{mode}.ipynb", "-p", "mode", mode, "--no-progress-bar", "--log-level", "WARNING"]
 
 
-def plan():
-    """The parts, each a name, a command, and what it adds to the environment (a page's small computations are fastest on one thread)."""
-    site = [BIN / "jupyter-book", "build", "book", "-W", "-n", "--keep-going", "--all", "-q"]
-    return [(f"train {mode}", train(mode), {}) for mode in MODES] + [("build the site", site, {"OMP_NUM_THREADS": "1"})]
+def train_mode(mode):
+    """Train one mode, the progress bar in sight; the exit code."""
+    return subprocess.run(train(mode), cwd=ROOT).returncode
+
+
+def build_site():
+    """Build the site, a line for each notebook that was executed, the whole log only if it fails; the exit code."""
+    command = [BIN / "jupyter-book", "build", "book", "-W", "-n", "--keep-going", "--all"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # a page's small computations are fastest so
+    process = subprocess.Popen(command, cwd=ROOT, env=one_thread, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = []
+    for line in process.stdout:
+        log.append(line)
+        if done := re.search(r"([^/]+)\.ipynb: Executed notebook in ([\d.]+) seconds", line):
+            print(f"{done[1]:<18} {float(done[2]):5.0f} s", flush=True)
+    if process.wait():
+        print("".join(log))
+    return process.returncode
 
 
 def main(started):
@@ -33,12 +48,13 @@ def main(started):
     gpu = torch.cuda.is_available()
     took = {"install and check": time.time() - started}
     print(f"Plan: train {' and '.join(MODES)} with preset {'base' if gpu else 'quick'} on the {'GPU' if gpu else 'CPU'}, then build the site.")
-    print("On two cores and no GPU: about two to four minutes a mode, about five for the site. Finished runs are not trained again.", flush=True)
+    print("On two cores and no GPU: about two to four minutes a mode, five to eight for the site. Finished runs are not trained again.", flush=True)
     (ROOT / "runs").mkdir(exist_ok=True)
-    for name, command, extra in plan():
+    parts = {f"train {mode}": lambda mode=mode: train_mode(mode) for mode in MODES} | {"build the site": build_site}
+    for name, part in parts.items():
         print(f"\n--- {name}", flush=True)
         begun = time.time()
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | extra).returncode
+        code = part()
         took[name] = time.time() - begun
         if code:
             sys.exit(f"'{name}' failed after {clock(took[name]).strip()}: see above. Once that is mended, the same command goes on from there.")
