@@ -22,7 +22,7 @@ from torchvision.models.resnet import BasicBlock
 
 from .affine import warp
 from .runs import replacing, write_json
-from .torus import GroupHead, pose_dims
+from .torus import GroupHead, LiftedHead, pose_dims
 
 # %% ../nbs/03_model.ipynb #27a55f86
 def _stage(inner, outer, stride):
@@ -48,19 +48,19 @@ class ResNetEncoder(nn.Sequential):
 class LiftedEncoder(nn.Module):
     """One residual net on eight turned copies of the image, answers side by side: (n, 3, h, w) -> (n, 8 * width).
 
-    The net is narrower by sqrt(8), so that eight passes cost about one of `ResNetEncoder(width)`.
+    The net is narrower by sqrt(8), so that eight passes cost about one of `ResNetEncoder(width)`. A block has `width` numbers unless `block` says otherwise.
     """
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int = 64, block: int | None = None):
         super().__init__()
         inner = max(1, round(width / 8**0.5))
-        self.net = nn.Sequential(ResNetEncoder(inner), nn.Linear(8 * inner, width))
+        self.net = nn.Sequential(ResNetEncoder(inner), nn.Linear(8 * inner, block or width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Block k of the result belongs to the copy turned back by k * 45 degrees."""
         poses = x.new_zeros(len(x), 8, 4)
         poses[..., 0] = -torch.arange(8, device=x.device) * (math.pi / 4)
-        return self.net(warp(x, poses, "reflection").flatten(0, 1)).view(len(x), -1)  # (n, 8, 3, h, w) -> (8n, width) -> (n, 8 * width)
+        return self.net(warp(x, poses, "reflection").flatten(0, 1)).view(len(x), -1)  # (n, 8, 3, h, w) -> (8n, block) -> (n, 8 * block)
 
 
 class ViTEncoder(nn.Module):
@@ -179,7 +179,12 @@ class SeqJEPA(nn.Module):
         here = locals()
         self.config = {k: here[k] for k in inspect.signature(SeqJEPA).parameters} | {"factors": list(factors)}
         self.dim, self.agg_dim, self.pose_dim, self.decay = 8 * width, 8 * width + action_embed, pose_dims(factors, planes), decay
-        self.encoder = nn.Sequential(ENCODERS[encoder](width), GroupHead(self.dim, factors, planes)) if factors else ENCODERS[encoder](width)
+        if not factors:
+            self.encoder = ENCODERS[encoder](width)
+        elif encoder == "lifted" and list(factors) == ["rotation"] and planes == 1:
+            self.encoder = nn.Sequential(LiftedEncoder(width, self.dim), LiftedHead(self.dim, self.dim))
+        else:
+            self.encoder = nn.Sequential(ENCODERS[encoder](width), GroupHead(self.dim, factors, planes))
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False) if target == "ema" else None
         self.action = nn.Sequential(nn.Linear(action_dim, action_embed, bias=False), nn.BatchNorm1d(action_embed, affine=False))
         self.aggregator = Aggregator(self.agg_dim)
