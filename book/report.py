@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,13 +19,9 @@ def clock(seconds):
 
 
 def train(mode):
-    """Command that runs the training notebook in one mode, with the preset that suits the machine."""
-    return [BIN / "papermill", "nbs/20_train.ipynb", f"runs/{mode}.ipynb", "-p", "mode", mode, "--no-progress-bar", "--log-level", "WARNING"]
-
-
-def train_mode(mode):
-    """Train one mode, the progress bar in sight; the exit code."""
-    return subprocess.run(train(mode), cwd=ROOT).returncode
+    """Run the training notebook in one mode, with the preset that suits the machine; the exit code."""
+    command = [BIN / "papermill", "nbs/20_train.ipynb", f"runs/{mode}.ipynb", "-p", "mode", mode, "--no-progress-bar", "--log-level", "WARNING"]
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def build_site():
@@ -50,7 +47,7 @@ def main(started):
     print(f"Plan: train {' and '.join(MODES)} with preset {'base' if gpu else 'quick'} on the {'GPU' if gpu else 'CPU'}, then build the site.")
     print("On two cores and no GPU: about two to four minutes a mode, five to eight for the site. Finished runs are not trained again.", flush=True)
     (ROOT / "runs").mkdir(exist_ok=True)
-    parts = {f"train {mode}": lambda mode=mode: train_mode(mode) for mode in MODES} | {"build the site": build_site}
+    parts = {f"train {mode}": partial(train, mode) for mode in MODES} | {"build the site": build_site}
     for name, part in parts.items():
         print(f"\n--- {name}", flush=True)
         begun = time.time()
