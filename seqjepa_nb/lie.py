@@ -68,9 +68,9 @@ class Torus:
         self.omega, self.grid, self.n = omega, grid, omega.shape[1]
         if grid <= 2 * int(omega.abs().max()):
             raise ValueError(f"grid = {grid} points cannot carry frequencies up to {int(omega.abs().max())}: at least {2 * int(omega.abs().max()) + 1} are needed")
-        self.half = (grid,) * (self.n - 1) + (grid // 2 + 1,)  # shape of a real FFT
+        self.half = (grid,) * (self.n - 1) + (int(omega[:, -1].max()) + 1,)  # of a real FFT's last axis only what is not zero
         self.flat = (grid,) * self.n
-        self.dims = tuple(range(1, self.n + 1))
+        self.dims = tuple(range(1, self.n))
         self.at, self.edge = self._place(omega), (omega[:, -1] == 0).nonzero()[:, 0]
         self.mirror = self._place(-omega[self.edge])  # real series: conjugates where the half spectrum holds both
 
@@ -85,7 +85,10 @@ class Torus:
         spectrum = c.new_zeros(len(c), math.prod(self.half))
         spectrum.index_add_(1, self.at, c / 2)
         spectrum.index_add_(1, self.mirror, c[:, self.edge].conj() / 2)
-        return torch.fft.irfftn(spectrum.view(-1, *self.half), self.flat, self.dims, norm="forward").flatten(1)
+        spectrum = spectrum.view(-1, *self.half)
+        if self.dims:
+            spectrum = torch.fft.ifftn(spectrum, dim=self.dims, norm="forward")
+        return torch.fft.irfft(spectrum, self.grid, norm="forward").flatten(1)
 
     def density(self, c: Tensor) -> tuple:
         """(log of the mean over the torus of the unnormalised density (b,), probabilities (b, N^n))."""
@@ -98,8 +101,10 @@ class Torus:
     def moments(self, c: Tensor) -> tuple:
         """(log-mean (b,), E e^(i w_l.s) (b, L) complex) under the density."""
         log_mean, p = self.density(c)
-        spectrum = torch.fft.rfftn(p.view(-1, *self.flat), dim=self.dims).flatten(1)
-        return log_mean, spectrum.index_select(1, self.at).conj()
+        spectrum = torch.fft.rfft(p.view(-1, *self.flat))[..., :self.half[-1]]
+        if self.dims:
+            spectrum = torch.fft.fftn(spectrum, dim=self.dims)
+        return log_mean, spectrum.flatten(1).index_select(1, self.at).conj()
 
     def points(self, like: Tensor) -> Tensor:
         """The grid (N^n, n) in radians, in the dtype and on the device of `like`."""
