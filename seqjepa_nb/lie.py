@@ -19,6 +19,7 @@ import geoopt
 import torch
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.metadata_routing import UNUSED
 from torch import Tensor
 
 from . import measure, probes, runs, subspace, viz
@@ -207,19 +208,14 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     verbose : bool
         Whether to show a bar.
 
-    Attributes
-    ----------
-    planes_ : Tensor
-        W, (D, 2L): first coordinates of all planes, then second ones.
-    templates_ : Tensor
-        Phi, (D, K).
-    omega_ : Tensor
-        Frequencies, (L, n).
-    history_, restarts_ : list of dict
-        A row an epoch; the end of each restart.
-    image_shape_ : tuple
-        Of one image.
+    Notes
+    -----
+    What was learned: ``planes_`` (W, (D, 2L), first coordinates of all planes, then second ones), ``templates_`` (Phi, (D, K)), ``omega_`` (frequencies, (L, n)),
+    ``history_`` (a row an epoch), ``restarts_`` (the end of each restart) and ``image_shape_`` (of one image).
     """
+
+    __metadata_request__fit = {"checkpoint": UNUSED}
+    __metadata_request__inverse_transform = {"code": UNUSED}
 
     def __init__(self, templates=10, torus=2, planes=128, multiplicity=1, reach=None, grid=50, sigma=0.1, sparsity=10.0, steps=10, start=0.01, batch=100, epochs=20,
                  restarts=5, restart_epochs=4, lr_templates=0.05, lr_planes=0.3, anneal=0.5, jitter=0.3, seed=0, device="auto", dtype="float32", verbose=True):
@@ -409,7 +405,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     @torch.no_grad()
     def inverse_transform(self, code) -> Tensor:
-        """The images (m, *image_shape_) of codes (m, K + n)."""
+        """The images of codes (m, K + n), in the shape of those that were learned from."""
         code = torch.as_tensor(code).to(self.planes_)
         if code.ndim != 2 or code.shape[1] != self.templates + self.torus:
             raise ValueError(f"code: (m, {self.templates + self.torus}) expected, not {tuple(code.shape)}")
@@ -436,7 +432,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     @torch.no_grad()
     def evaluate(self, X) -> dict:
-        """`objective` (mean of F and |I|^2 / 2 sigma^2, the negative log posterior), and `snr` with the most probable s and `snr_mean` with the posterior mean of R(s)."""
+        """`objective` (the mean negative log posterior of image and alpha), and `snr` with the most probable s and `snr_mean` with the posterior mean of R(s)."""
         total = torch.zeros(4, dtype=torch.float64)
         for x in self._chunks(X):
             u, v, alpha = self._infer(x)
@@ -450,7 +446,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return {"objective": f / len(torch.as_tensor(X)), "snr": size / max(mode, 1e-12), "snr_mean": size / max(mean, 1e-12)}
 
     def score(self, X, y=None) -> float:
-        """Signal to noise: mean |I|^2 / mean |I - reconstruction|^2 with the most probable s."""
+        """Signal to noise with the most probable s, the mean squared length of the images over that of what is left of them."""
         return self.evaluate(X)["snr"]
 
     def save_pretrained(self, folder):
@@ -476,7 +472,7 @@ PRESETS = {
     "small": dict(n_train=4_000, n_test=1_000, n_exemplar=6_000, poses=2, restarts=5, restart_epochs=3, epochs=15),
     "base": dict(n_train=10_000, n_test=2_000, n_exemplar=10_000, poses=1, restarts=5, restart_epochs=8, epochs=40),
 }
-"""How much: `quick` and `small` take about two and four minutes on one CPU core, `base` about twelve, the measurements included."""
+"""Sizes of a run; `quick` and `small` take about two and four minutes on one CPU core, `base` about twelve, the measurements included."""
 PLANE = dict(torus=2, multiplicity=1, grid=40)
 SETTINGS = {"translation": PLANE, "rotation_scale": PLANE, "untransformed": PLANE | dict(multiplicity=2), "rotation": dict(torus=1, multiplicity=6, grid=64),
             "scale": dict(torus=1, multiplicity=6, grid=64), "multi": dict(torus=3, multiplicity=1, grid=14)}
