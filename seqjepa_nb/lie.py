@@ -696,7 +696,7 @@ def fit_run(config: Config, runs_dir="runs") -> runs.Run:
     test = measure.show_views(images.test, sample_poses(len(images.test), 2, limits, torch.Generator().manual_seed(43))[:, 1:], limits)[:, 0]
     found = model.evaluate(views)
     for name, figure in draw(model, images, views, planes, sweeps, limits).items():
-        runs.write_figure(folder / "figures" / f"{name}.png", figure)
+        runs.write_figure(folder / "figures" / f"{name}.png", figure, 80)
     runs.write_history(folder, model.history_)
     model.save_pretrained(folder)
     digits = images.train_labels[pick.unique()].tolist() if config.variant == "lie_exemplars" else []
