@@ -22,7 +22,7 @@ def executed(path):
     if notebook["metadata"].get("papermill", {}).get("exception"):
         sys.exit(f"{path} did not finish")
     text = json.dumps(notebook)
-    found = re.search(r"'((?:rotation|multi|translation|scale)[\w.-]*-s\d+[\w.-]*)'", text)
+    found = re.search(r"'((?:rotation|multi|translation|scale|untransformed)[\w.-]*-s\d+[\w.-]*)'", text)
     if not found:
         sys.exit(f"{path} names no run")
     notebook["metadata"] = {"kernelspec": notebook["metadata"]["kernelspec"]}
@@ -61,7 +61,7 @@ def publish(path):
             shutil.copy(file, target)
     for file in source.glob("figures/*.png"):
         (target / "figures" / file.name).write_bytes(runs.small_png(file.read_bytes()))
-    page = target / "20_train.ipynb"
+    page = target / ("21_lie_baseline.ipynb" if "-lie" in name else "20_train.ipynb")
     runs.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     sizes = {f: f.stat().st_size for f in target.rglob("*") if f.is_file()}
     if sum(sizes.values()) > LIMIT or any(s > FIGURE for f, s in sizes.items() if f.suffix == ".png"):

@@ -74,7 +74,7 @@ class Ranges:
         return self.rotation >= math.pi
 
 
-MODES = {"rotation": ("rotation",), "translation": ("x", "y"), "scale": ("scale",), "multi": FACTORS}
+MODES = {"rotation": ("rotation",), "translation": ("x", "y"), "scale": ("scale",), "multi": FACTORS, "rotation_scale": ("rotation", "scale")}
 """The factors that vary in each mode."""
 
 

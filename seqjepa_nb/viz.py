@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'FAINT', 'ANGLES', 'VALUES', 'MOST', 'SHOWN', 'PANELS', 'TOP', 'CAPTIONS', 'angle_colour',
            'rotation_circle', 'sweep_traj_rot', 'combined_trajectories', 'eigs_rot', 'rank_monitor', 'overlap_heatmap',
-           'translation_lines', 'view_strip', 'history_curves', 'comparison_bars']
+           'translation_lines', 'view_strip', 'image_rows', 'torus_posterior', 'history_curves', 'comparison_bars']
 
 # %% ../nbs/06_viz.ipynb #9471564a
 import inspect
@@ -410,6 +410,56 @@ def view_strip(views, poses) -> Figure:
         ax.set_xlabel(f"{round(math.degrees(angle))}°\n({round(x)}, {round(y)}) px\n×{math.exp(scale):.2f}", fontsize=8)
     return fig
 
+# %% ../nbs/06_viz.ipynb #a91c0e12
+def image_rows(rows: dict, labels=None, signed: bool = False) -> Figure:
+    """Small images in labelled rows.
+
+    Images of one column belong together; what the rows are, their labels say. Signed images are white at zero, blue above and red below.
+
+    Parameters
+    ----------
+    rows : dict of arrays
+        By label, (m, h, w); the first 10 of each are drawn. Between 0 and 1, or with `signed` between -1 and 1.
+    labels : list of str, optional
+        Under the columns.
+    """
+    if not rows:
+        raise ValueError("rows is empty")
+    rows = {name: _array(images, f"the row {name!r}", "m", "h", "w")[:10] for name, images in rows.items()}
+    across = max(len(images) for images in rows.values())
+    fig = _picture(8, (0.4 if labels else 0.15) + 0.82 * len(rows))
+    axes = fig.subplots(len(rows), max(across, 4), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items()):
+        for ax, image in zip(line, images):
+            ax.imshow(image, cmap="RdBu" if signed else "gray_r", vmin=-1 if signed else 0, vmax=1)
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize=8)
+    for ax, label in zip(axes[-1], labels or []):
+        ax.set_xlabel(label, fontsize=8)
+    return fig
+
+
+def torus_posterior(p) -> Figure:
+    """Probability over the two angles of a torus, a panel an image.
+
+    A single small dark spot means that one transformation explains the image; several spots or a stripe, that some cannot be told apart.
+
+    Parameters
+    ----------
+    p : array
+        (b, N, N), non-negative; the first 4 are drawn, each relative to its largest value.
+    """
+    p = _array(p, "p", "b", "n", "n2")[:4]
+    fig = _picture(2.1 * len(p) + 0.3, 2.6)
+    for ax, image in zip(fig.subplots(1, len(p), squeeze=False, sharey=True)[0], p):
+        ax.imshow(np.sqrt(image.T / max(image.max(), np.finfo(float).tiny)), origin="lower", extent=(0, 360, 0, 360), cmap="Greys", vmin=0, vmax=1)
+        _axes(ax, "", "s1 (degrees)")
+        ax.set(xticks=(0, 180, 360), yticks=(0, 180, 360))
+    fig.axes[0].set_ylabel("s2 (degrees)", fontsize=9)
+    return fig
+
 # %% ../nbs/06_viz.ipynb #86078a40
 PANELS = (("loss and its parts", "", {"loss": "loss", "prediction": "prediction", "class": "class", "pose": "pose"}),
           ("coding rate", "nats", {"rate": "rate"}),
@@ -494,4 +544,4 @@ def comparison_bars(table, columns) -> Figure:
 #: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
             (sweep_traj_rot, rotation_circle, combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, translation_lines, view_strip,
-             history_curves, comparison_bars)}
+             image_rows, torus_posterior, history_curves, comparison_bars)}

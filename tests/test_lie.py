@@ -1,0 +1,101 @@
+"""Whole runs of the Lie-group baseline: papermill, refused, killed and gone on with, degenerate data."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, papermill
+
+TINY = {"n_train": 60, "n_test": 40, "n_exemplar": 60, "poses": 1, "planes": 12, "torus": 1, "multiplicity": 2, "grid": 16, "templates": 3, "steps": 3, "restarts": 2, "restart_epochs": 2, "epochs": 2, "batch": 20}
+
+
+def fit_command(folder, **more):
+    """The command that trains a tiny run of the baseline into `folder`."""
+    options = {"mode": "rotation", "preset": "quick", "device": "cpu", "overrides": TINY} | more
+    code = f"import torch; torch.set_num_threads(1); from seqjepa_nb.lie import fit_run, make_config; fit_run(make_config(**{options!r}), {str(folder)!r})"
+    return [sys.executable, "-c", code]
+
+
+def numbers(folder):
+    """What a run found, without what depends on the clock."""
+    (run,) = folder.glob("*/metrics.json")
+    found = json.loads(run.read_text())
+    with (run.parent / "history.csv").open() as f:
+        return found["controlled"], found["lie"], list(csv.DictReader(f))
+
+
+def test_papermill_leaves_a_run_like_the_others(tmp_path, calm):
+    out = tmp_path / "out.ipynb"
+    done = papermill("nbs/21_lie_baseline.ipynb", out, "-p", "mode", "rotation", "-p", "preset", "quick", "-p", "runs_dir", tmp_path / "runs", "-y", json.dumps({"overrides": TINY}))
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert {"config.json", "metrics.json", "history.csv", "figures", "model.safetensors"} == {p.name for p in folder.iterdir()}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"run", "controlled", "lie", "environment"} and list(metrics["controlled"]["factors"]) == ["rotation"]
+    assert len(metrics["lie"]["restarts"]) == 2 and metrics["lie"]["snr"] > 1
+    assert {"circle", "r2", "ev"} <= set(metrics["controlled"]["factors"]["rotation"]) and set(metrics["lie"]["representations"]) == {"code", "planes", "angles", "alpha"}
+    outputs = [o for c in json.loads(out.read_text())["cells"] for o in c.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 6 and "**Finding.**" in "".join(outputs[-1]["data"]["text/markdown"])
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["-p", "mode", "shear"], "translation, rotation_scale, untransformed, rotation, scale, multi"),
+    (["-p", "modes", "rotation"], "unknown parameter modes. Valid: dataset, device, mode"),
+    (["-y", "{overrides: {planes: 500}}"], "planes is at most 392"),
+])
+def test_papermill_refuses_before_any_work(tmp_path, calm, arguments, words):
+    done = papermill("nbs/21_lie_baseline.ipynb", tmp_path / "out.ipynb", "-p", "runs_dir", tmp_path / "runs", *arguments)
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_unknown_values_name_the_valid_ones():
+    from seqjepa_nb.lie import make_config
+    for options, words in (({"variant": "best"}, "lie, lie_exemplars"), ({"preset": "huge"}, "quick"), ({"seed": "one"}, "seed is a int"), ({"device": "cuda:99"}, "is not there"), ({"overrides": {"lrr": 1}}, "unknown names lrr")):
+        with pytest.raises(ValueError, match=words):
+            make_config(**options)
+
+
+def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm):
+    from seqjepa_nb.runs import load_state
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(fit_command(whole), cwd=ROOT, check=True, capture_output=True)
+    process, done = subprocess.Popen(fit_command(broken), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+    while done < 3 and process.poll() is None:
+        state = next(broken.glob("*/state.safetensors"), None)
+        done = len(load_state(state)[1]["history"]) if state else 0
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert done >= 3 and not list(broken.glob("*/metrics.json"))
+    again = subprocess.run(fit_command(broken), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "going on after epoch" in again.stdout
+    assert numbers(broken) == numbers(whole)
+
+
+def test_folder_of_one_black_class(tmp_path, calm):
+    """Two classes, one of them all black: a defined result; all of them black: an error that says so."""
+    from PIL import Image
+    for kind, value in (("black", 0), ("gray", 90)):
+        for i in range(100):
+            path = tmp_path / "images" / kind / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (12, 12), value and value + i).save(path)
+    options = {"dataset": str(tmp_path / "images"), "overrides": TINY | {"n_test": 40, "n_train": 100, "planes": 8}}
+    done = subprocess.run(fit_command(tmp_path / "runs", **options), cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "images" / "gray").iterdir():
+        Image.new("L", (12, 12), 0).save(path)
+    done = subprocess.run(fit_command(tmp_path / "none", **options), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "X is black everywhere" in done.stderr
+
+
+def test_help_explains_every_parameter():
+    from papermill.inspection import inspect_notebook
+    found = inspect_notebook(str(ROOT / "nbs" / "21_lie_baseline.ipynb"))
+    assert set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "overrides"} and all(p["help"] for p in found.values())
