@@ -41,8 +41,9 @@ $(INSTALLED): pyproject.toml
 report: $(INSTALLED)
 	@$(BIN)/python book/report.py $(START)
 
+# Two tests at a time; those that look at the built site stay together (see xdist_group in tests/), so that it is built once.
 test: nbtest
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup --durations 10
 
 # Each notebook in a process of its own, two at a time, one thread each. Those that begin with 2 are whole runs: pytest starts small ones.
 nbtest: $(INSTALLED)

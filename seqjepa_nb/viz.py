@@ -438,6 +438,9 @@ def image_rows(rows: dict, labels=None, signed: bool = False) -> Figure:
         line[0].set_ylabel(name, fontsize=8)
     for ax, label in zip(axes[-1], labels or []):
         ax.set_xlabel(label, fontsize=8)
+    for ax in axes.flat:
+        if not (ax.get_xlabel() or ax.get_ylabel()):
+            ax.set_axis_off()
     return fig
 
 

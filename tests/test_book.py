@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 
+import pytest
 import yaml
 from built import ROOT, site  # noqa: F401
 
 BOOK = ROOT / "book"
+pytestmark = pytest.mark.xdist_group("site")  # one process builds the site and looks at it
 
 
 def book_chapters():

@@ -9,6 +9,8 @@ import pytest
 from browser import chromium
 from built import site  # noqa: F401
 
+pytestmark = pytest.mark.xdist_group("site")
+
 READY = """
 const done = arguments[arguments.length - 1];
 const math = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
