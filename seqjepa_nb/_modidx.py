@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'seqjepa_nb.runs': { 'seqjepa_nb.runs.Run': ('runs.html#run', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.finished': ('runs.html#run.finished', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.name': ('runs.html#run.name', 'seqjepa_nb/runs.py'),
+                                 'seqjepa_nb.runs.Run.overridden': ('runs.html#run.overridden', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Terminal': ('runs.html#terminal', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Terminal.__init__': ('runs.html#terminal.__init__', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Terminal.columns': ('runs.html#terminal.columns', 'seqjepa_nb/runs.py'),

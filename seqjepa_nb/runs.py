@@ -252,6 +252,11 @@ class Run:
         """Whether the run has come to its end."""
         return bool(self.metrics)
 
+    @property
+    def overridden(self) -> bool:
+        """Whether it was given other values than its variant and preset have; its folder's name then says which."""
+        return self.name != run_name(self.config)
+
 
 def _read(path, read, default):
     if not path.exists():
