@@ -62,7 +62,8 @@ def test_kill_before_the_first_epoch_leaves_nothing_in_the_way(tmp_path, calm, u
 
 
 def test_interrupt_says_how_to_go_on(tmp_path, calm, unbroken):
-    process = subprocess.Popen(fit_command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(fit_command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     while process.poll() is None and not list(tmp_path.glob("*/state.safetensors")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
