@@ -48,12 +48,13 @@ class ResNetEncoder(nn.Sequential):
 class LiftedEncoder(nn.Module):
     """One residual net on eight turned copies of the image, answers side by side: (n, 3, h, w) -> (n, 8 * width).
 
-    The net is narrower by sqrt(8), so that eight passes cost about one of `ResNetEncoder(width)`. A block has `width` numbers unless `block` says otherwise.
+    The net is narrower by sqrt(8), rounded up to the 8 channels that processors multiply at once, so that eight passes cost one to two of `ResNetEncoder(width)`.
+    A block has `width` numbers unless `block` says otherwise.
     """
 
     def __init__(self, width: int = 64, block: int | None = None):
         super().__init__()
-        inner = max(1, round(width / 8**0.5))
+        inner = 8 * math.ceil(width / 8**1.5)
         self.net = nn.Sequential(ResNetEncoder(inner), nn.Linear(8 * inner, block or width))
 
     def forward(self, x: Tensor) -> Tensor:

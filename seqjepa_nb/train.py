@@ -409,10 +409,11 @@ def estimate_minutes(config: Config, learner: Learner, images, limits, epochs: i
     return (time.perf_counter() - start) / 2 * (config.n_train // config.batch) * epochs / 60
 
 
-def memory_layout(config: Config) -> torch.memory_format:
-    """Channels last, which convolutions like best; not for narrow networks on a CPU, where oneDNN's backward pass then hangs or errs (its issue 6035)."""
-    narrow = config.width < 16 or config.encoder == "lifted"
-    return torch.contiguous_format if narrow and config.device == "cpu" else torch.channels_last
+def memory_layout(model: nn.Module, device: str) -> torch.memory_format:
+    """Channels last, which convolutions like best; not for fewer channels than a CPU multiplies at once, where oneDNN's backward pass hangs or errs (its issue 6035)."""
+    block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    narrow = min((m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)), default=block) < block
+    return torch.contiguous_format if narrow and device == "cpu" else torch.channels_last
 
 
 def prepare(config: Config) -> tuple:
@@ -420,7 +421,8 @@ def prepare(config: Config) -> tuple:
     images = load_images(config.dataset, config.n_train, config.n_test).to(config.device)
     limits = ranges(config.mode, natural=images.source.startswith("cifar10"))
     torch.manual_seed(config.seed)
-    learner = Learner(config, len(images.classes)).to(config.device, memory_format=memory_layout(config))
+    learner = Learner(config, len(images.classes))
+    learner.to(config.device, memory_format=memory_layout(learner, config.device))
     if config.encoder == "pixels":
         poses = sample_poses(len(images.train), 2, limits, torch.Generator().manual_seed(config.seed)).to(config.device)
         learner.model.encoder.fit(make_views(images, torch.arange(len(images.train), device=config.device), poses, limits)[:, 1])
