@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COUNTS', 'CHUNK', 'RIDGE', 'spectrum', 'explained', 'effective_rank', 'effective_rank_energy', 'basis', 'overlap',
            'stability', 'participation', 'project_out', 'sweep_values', 'sweep_poses', 'sweep', 'explained_by_anchor',
-           'circle', 'align_phase', 'equivariance_error', 'unmoved_error', 'own_action_error', 'factor_report',
-           'published_subspace']
+           'circle', 'align_phase', 'half_turn', 'equivariance_error', 'unmoved_error', 'own_action_error',
+           'factor_report', 'published_subspace']
 
 # %% ../nbs/05_subspace.ipynb #c25f2109
 import math
@@ -251,6 +251,16 @@ def align_phase(z: Tensor, angles: Tensor) -> Tensor:
     """Coordinates (a, n, 2) of sweeps z (a, n, d) in each anchor's own best plane, turned (and mirrored) so that phases match the angles (n,)."""
     z = _sweeps(z, min(2, z.shape[-1]))
     return torch.view_as_real(_aligned(z, _around(angles, z.shape[1]).to(z.device)))
+
+# %% ../nbs/05_subspace.ipynb #b9e4b5ce
+def half_turn(z: Tensor) -> Tensor:
+    """h of each of the sweeps z (a, n, d), evenly spaced all round with n even: (a,), NaN for one that does not move."""
+    z = _sweeps(z)
+    if z.shape[1] % 2:
+        raise ValueError(f"an even number of angles expected, not {z.shape[1]}")
+    c = z - z.mean(1, keepdim=True)
+    return (z.roll(z.shape[1] // 2, 1) - z).square().sum(-1).mean(1) / (2 * c.square().sum(-1).mean(1))
+
 
 # %% ../nbs/05_subspace.ipynb #f012bb87
 RIDGE = 1e-3

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'CHOICES', 'RATES', 'Config', 'resolve_device', 'fast_bfloat16', 'make_config',
            'epoch_generator', 'draw_poses', 'make_views', 'Learner', 'rate_of', 'pose_loss', 'loss_of', 'rate_at',
            'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'autocast', 'train_epoch', 'own_action',
-           'estimate_minutes', 'memory_layout', 'prepare', 'folder_name', 'fit']
+           'ahead', 'estimate_minutes', 'memory_layout', 'prepare', 'folder_name', 'fit']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
 import copy
@@ -285,6 +285,13 @@ class Frozen:
         z, poses = z.to(self.device), poses.to(self.device)
         return self.model.aggregate(z, self.model.embed(relative_action(poses[:, :-1], poses[:, 1:])))
 
+    @torch.no_grad()
+    def predict(self, z: Tensor, poses: Tensor) -> Tensor:
+        """What the predictor expects (n, d) at the last of the poses (n, v+1, 4), from the z (n, v, d) of those before."""
+        z, poses = z.to(self.device), poses.to(self.device)
+        last = self.model.embed(relative_action(poses[:, -2], poses[:, -1])[:, None])[:, 0]
+        return self.model.predictor(torch.cat([self.aggregate(z, poses[:, :-1]), last], -1))
+
 
 def test_sequences(config: Config, images, limits) -> Tensor:
     """The fixed poses (n, v, 4) of the test sequences."""
@@ -392,6 +399,20 @@ def own_action(config: Config, learner: Learner):
     else:
         return None
     return lambda z, action: torch.cat([move(z[:, :n].to(device), action.to(device)).detach().cpu(), z[:, n:]], 1)
+
+
+def ahead(config: Config, learner: Learner, frozen: Frozen, images, limits) -> dict:
+    """`measure.ahead_errors` of three ways to look ahead: the predictor step by step on what it predicted, the predictor with the actions composed into one, and the model's own action where it has one."""
+    def rolled(z, poses):
+        for k in range(3, poses.shape[1]):
+            z = torch.cat([z, frozen.predict(z[:, -3:], poses[:, k - 3:k + 1])[:, None].to(z)], 1)
+        return z[:, 3:]
+
+    composed = lambda z, poses: torch.stack([frozen.predict(z, torch.cat([poses[:, :3], poses[:, k, None]], 1)) for k in range(3, poses.shape[1])], 1)
+    ways = {"step by step": rolled, "composed": composed}
+    if move := own_action(config, learner):
+        ways["own action"] = lambda z, poses: torch.stack([move(z[:, 2], relative_action(poses[:, 2], poses[:, k])) for k in range(3, poses.shape[1])], 1)
+    return {name: measure.ahead_errors(frozen.encode, way, images.test[:measure.ANCHORS], limits) for name, way in ways.items()}
 
 
 def estimate_minutes(config: Config, learner: Learner, images, limits, epochs: int) -> float:
@@ -502,10 +523,14 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
             log.finish(exit_code=1)
 
     numbers, arrays = published(config, frozen, probes, images, limits)
-    found, _ = measure.controlled(frozen.encode, images, config.mode, limits, frozen.aggregate, own_action(config, learner))
+    found, sweeps = measure.controlled(frozen.encode, images, config.mode, limits, frozen.aggregate, own_action(config, learner))
+    if config.epochs and config.objective == "predict":
+        found["ahead"] = ahead(config, learner, frozen, images, limits)
     if config.group == "generator":
         found["generator"] = learner.generator.to("cpu").spectrum(arrays[0][:, 1, :learner.model.pose_dim])
     figures = draw(frozen, images, config, limits, arrays)
+    if limits.full_circle:
+        figures["class_circles"] = viz.class_circles(sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
     for name, figure in figures.items():
         runs.write_figure(folder / "figures" / f"{name}.png", figure)
     runs.log_figures(log, figures, max(1, config.epochs))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'FAINT', 'ANGLES', 'VALUES', 'MOST', 'SHOWN', 'PANELS', 'TOP', 'CAPTIONS', 'angle_colour',
-           'rotation_circle', 'sweep_traj_rot', 'combined_trajectories', 'eigs_rot', 'rank_monitor', 'overlap_heatmap',
-           'translation_lines', 'view_strip', 'image_rows', 'torus_posterior', 'history_curves', 'comparison_bars']
+           'rotation_circle', 'sweep_traj_rot', 'class_circles', 'combined_trajectories', 'eigs_rot', 'rank_monitor',
+           'overlap_heatmap', 'translation_lines', 'view_strip', 'image_rows', 'torus_posterior', 'history_curves',
+           'comparison_bars']
 
 # %% ../nbs/06_viz.ipynb #9471564a
 import inspect
@@ -167,7 +168,7 @@ MOST = 8
 def sweep_traj_rot(z, angles) -> Figure:
     """Paths of z while each of a few digits is turned, in their common plane and each in its own.
 
-    Left, as published: where digits go in the plane they share. Right, each digit in its own plane with phases matched: sweeps on the faint circle, in the order of the colours, are clean rotation codes.
+    Left, as published: the plane that digits share. Right, each in its own plane, phases matched: clean codes lie on the faint circle, colours in order. The share there says little: one closed curve always lies near some plane.
 
     Parameters
     ----------
@@ -195,6 +196,46 @@ def sweep_traj_rot(z, angles) -> Figure:
     right.legend(frameon=False, fontsize=8, loc="upper right")
     _key(key)
     return fig
+
+# %% ../nbs/06_viz.ipynb #702650b4
+def class_circles(z, labels, angles, names) -> Figure:
+    """A full turn of a few digits of each class, in the plane that holds most of all changes.
+
+    A path that goes round the faint circle once, in the order of the colours, tells the angle; one that goes round twice, or stays near the middle, belongs to a digit that looks alike after half a turn.
+
+    Parameters
+    ----------
+    z : array
+        (a, n, d), one sweep for each of a digits; the first 6 of each class are drawn.
+    labels : array
+        (a,), whole numbers.
+    angles : array
+        (n,), radians.
+    names : list of str
+        The classes by label; at most 10 are drawn.
+    """
+    z = _array(z, "z", "a", "n", "d")
+    labels, angles = _array(labels, "labels", len(z)), _array(angles, "angles", z.shape[1])
+    start = np.abs(angles).argmin()
+    moved = (z - z[:, start, None]).reshape(-1, z.shape[-1])
+    _, vectors = np.linalg.eigh(moved.T @ moved - len(moved) * np.outer(moved.mean(0), moved.mean(0)))
+    points = (z - z.mean((0, 1))) @ vectors[:, :-3:-1]  # (a, n, 2)
+    code = _code("rotation", angles)
+    turn, _ = _fit(points.mean(0) - points.mean((0, 1)), code - code.mean(0))
+    points = points @ turn
+    radius = np.sqrt((points**2).sum(-1).mean())
+    present = [c for c in range(min(10, len(names))) if (labels == c).any()]
+    across = min(5, len(present))
+    fig = _picture(8, 1.75 * math.ceil(len(present) / across) + 0.1)
+    for ax, c in zip(fig.subplots(math.ceil(len(present) / across), across, squeeze=False, sharex=True, sharey=True).flat, present):
+        ax.plot(*(radius * _ideal("rotation", angles)).T, color=FAINT, lw=4, zorder=0)
+        _sweeps(points[labels == c][:6], angles, "rotation", ax)
+        _axes(ax, str(names[c]))
+        ax.set(aspect="equal", xticks=[], yticks=[])
+    for ax in fig.axes[len(present):]:
+        ax.axis("off")
+    return fig
+
 
 # %% ../nbs/06_viz.ipynb #48576d35
 SHOWN = {"rotation": ("rotation (degrees)", np.degrees), "x": ("right (px)", np.asarray), "y": ("down (px)", np.asarray), "scale": ("scale (factor)", np.exp)}
@@ -546,5 +587,5 @@ def comparison_bars(table, columns) -> Figure:
 # %% ../nbs/06_viz.ipynb #0d7f2b78
 #: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
-            (sweep_traj_rot, rotation_circle, combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, translation_lines, view_strip,
+            (sweep_traj_rot, rotation_circle, class_circles, combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, translation_lines, view_strip,
              image_rows, torus_posterior, history_curves, comparison_bars)}
