@@ -45,7 +45,7 @@ def main(started):
     gpu = torch.cuda.is_available()
     took = {"install and check": time.time() - started}
     print(f"Plan: train {' and '.join(MODES)} with preset {'base' if gpu else 'quick'} on the {'GPU' if gpu else 'CPU'}, then build the site.")
-    print("On two cores and no GPU: about two to four minutes a mode, five to eight for the site. Finished runs are not trained again.", flush=True)
+    print("On two cores and no GPU: about two to four minutes a mode, five to eight for the site, its pages two at a time. Finished runs are not trained again.", flush=True)
     (ROOT / "runs").mkdir(exist_ok=True)
     parts = {f"train {mode}": partial(train, mode) for mode in MODES} | {"build the site": build_site}
     for name, part in parts.items():

@@ -25,13 +25,16 @@ def translate(cell):
     return {**cell, "source": source, "metadata": metadata}
 
 
+def plain(notebook):
+    """A notebook without nbdev's directives."""
+    cells = (c if c["cell_type"] != "code" else translate(c) for c in notebook["cells"])
+    return {**notebook, "cells": [c for c in cells if c is not None]}
+
+
 def source_read(app, docname, source):
     """Sphinx event: rewrite the text of one notebook before it is parsed."""
-    if not str(app.env.doc2path(docname)).endswith(".ipynb"):
-        return
-    notebook = json.loads(source[0])
-    cells = (c if c["cell_type"] != "code" else translate(c) for c in notebook["cells"])
-    source[0] = json.dumps({**notebook, "cells": [c for c in cells if c is not None]})
+    if str(app.env.doc2path(docname)).endswith(".ipynb"):
+        source[0] = json.dumps(plain(json.loads(source[0])))
 
 
 def plain_sentence(app, what, name, obj, options, lines):
