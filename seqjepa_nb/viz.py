@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PALETTE', 'FAINT', 'ANGLES', 'VALUES', 'MOST', 'SHOWN', 'PANELS', 'TOP', 'CAPTIONS', 'angle_colour',
            'rotation_circle', 'sweep_traj_rot', 'class_circles', 'combined_trajectories', 'eigs_rot', 'rank_monitor',
-           'overlap_heatmap', 'translation_lines', 'view_strip', 'image_rows', 'torus_posterior', 'history_curves',
-           'comparison_bars']
+           'overlap_heatmap', 'head_heatmap', 'translation_lines', 'view_strip', 'image_rows', 'torus_posterior',
+           'history_curves', 'comparison_bars']
 
 # %% ../nbs/06_viz.ipynb #9471564a
 import inspect
@@ -166,9 +166,9 @@ MOST = 8
 
 
 def sweep_traj_rot(z, angles) -> Figure:
-    """Paths of z while each of a few digits is turned, in their common plane and each in its own.
+    """Paths of z while each of a few images is turned, in their common plane and each in its own.
 
-    Left, as published: the plane that digits share. Right, each in its own plane, phases matched: clean codes lie on the faint circle, colours in order. The share there says little: one closed curve always lies near some plane.
+    Left, as published: the plane that all share. Right, each image in its own, phases matched: clean codes lie on the faint circle, colours in order. The share there says little: one closed curve always lies near some plane.
 
     Parameters
     ----------
@@ -189,7 +189,7 @@ def sweep_traj_rot(z, angles) -> Figure:
     fig = _picture(8, 3.6)
     left, right, key = fig.subplots(1, 3, width_ratios=[4, 4, 1.1])
     _sweeps(common.reshape(*z.shape[:2], 2), angles, "rotation", left)
-    _axes(left, f"One plane for all {len(z)} digits: {shares.sum():.0%} of the variance", f"direction 1 ({shares[0]:.0%})", f"direction 2 ({shares[1]:.0%})", square=True)
+    _axes(left, f"One plane for all {len(z)} images: {shares.sum():.0%} of the variance", f"direction 1 ({shares[0]:.0%})", f"direction 2 ({shares[1]:.0%})", square=True)
     right.plot(*ideal.T, color=FAINT, lw=6, zorder=0, label="ideal")
     _sweeps(own, angles, "rotation", right)
     _axes(right, f"Own planes, phases matched: {own_shares.sum(-1).mean():.0%} of the variance", "cosine of the angle", "sine of the angle", square=True)
@@ -260,7 +260,7 @@ def _laid(paths, factor, values):
 def combined_trajectories(sweeps: dict) -> Figure:
     """Movement of z along each factor, a panel a factor.
 
-    Each thin path is one digit, moved along one factor alone; paths that share one shape, close to the faint ideal (a circle or arc for rotation, else a line), mean that the factor acts alike on all digits.
+    Each thin path is one image, moved along one factor alone; paths that share one shape, close to the faint ideal (a circle or arc for rotation, else a line), mean that the factor acts alike on all images.
 
     Parameters
     ----------
@@ -388,6 +388,39 @@ def overlap_heatmap(matrix, labels) -> Figure:
     ax.set_yticks(range(len(labels)), labels)
     ax.spines[:].set_visible(False)
     fig.colorbar(shown, ax=ax, shrink=0.9).set_label("0 perpendicular, 1 shared", fontsize=9)
+    return fig
+
+# %% ../nbs/06_viz.ipynb #1e7ec6fe
+def head_heatmap(heads: dict, layers) -> Figure:
+    """Share of each factor's movement in each head's subspace, a panel a layer.
+
+    A head that is a factor's own shows dark in that factor's row and white in the others; rows that are even say that the heads share every factor.
+
+    Parameters
+    ----------
+    heads : dict
+        By factor, the shares (layers, K), from 0 to 1.
+    layers : list of str
+        Names of the layers; at most 16.
+    """
+    import seaborn as sns
+    layers, shares = list(layers), {f: _array(s, f"the shares of {f}", len(layers), "K") for f, s in heads.items()}
+    if not shares or not layers or len(layers) > 16:
+        raise ValueError(f"at least one factor and 1 to 16 layers can be drawn, not {len(shares)} and {len(layers)}")
+    if not all(s.min() >= -1e-6 and s.max() <= 1 + 1e-6 for s in shares.values()):
+        raise ValueError("shares must lie between 0 and 1")
+    across = min(4, len(layers))
+    down = math.ceil(len(layers) / across)
+    fig = _picture(8 if across > 2 else 3.9 * across, down * (1.1 + 0.4 * len(shares)))
+    axes = fig.subplots(down, across, squeeze=False).flatten()
+    for i, (ax, layer) in enumerate(zip(axes, layers)):
+        rows = np.stack([s[i] for s in shares.values()])  # (factors, K)
+        sns.heatmap(rows, ax=ax, vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", annot_kws={"size": 8}, cbar=False, linewidths=0.5,
+                    xticklabels=list(range(1, rows.shape[1] + 1)), yticklabels=list(shares) if i % across == 0 else False)
+        _axes(ax, layer, "head", "factor" if i % across == 0 else "")
+        ax.tick_params(axis="y", labelrotation=0)
+    for ax in axes[len(layers):]:
+        ax.axis("off")
     return fig
 
 # %% ../nbs/06_viz.ipynb #156efba5
@@ -587,5 +620,5 @@ def comparison_bars(table, columns) -> Figure:
 # %% ../nbs/06_viz.ipynb #0d7f2b78
 #: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
-            (sweep_traj_rot, rotation_circle, class_circles, combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, translation_lines, view_strip,
+            (sweep_traj_rot, rotation_circle, class_circles, combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, head_heatmap, translation_lines, view_strip,
              image_rows, torus_posterior, history_curves, comparison_bars)}
