@@ -6,7 +6,7 @@
 __all__ = ['IDENTITY', 'WANDB_MODES', 'find_root', 'published_root', 'run_name', 'refuse_unknown', 'replacing', 'write_text',
            'plain', 'write_json', 'small_png', 'write_figure', 'write_history', 'save_state', 'load_state', 'commit',
            'device_name', 'peak_mb', 'environment', 'Run', 'read_run', 'read_runs', 'flatten', 'table', 'show',
-           'start_wandb', 'log_history', 'log_figures', 'Terminal', 'terminal', 'progress']
+           'over_seeds', 'commands', 'start_wandb', 'log_history', 'log_figures', 'Terminal', 'terminal', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import io
@@ -335,6 +335,49 @@ def show(table: pd.DataFrame) -> pd.DataFrame:
             return f"{value:.0f}"
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return table.map(text)
+
+# %% ../nbs/07_runs.ipynb #95ffa5ed
+def over_seeds(runs: list, columns: dict) -> pd.DataFrame:
+    """Numbers of runs as text, a row a variant and preset in the order of `runs`.
+
+    Parameters
+    ----------
+    runs : list of Run
+        Of one mode and data set.
+    columns : dict
+        Titles by the dotted names of `metrics.json`.
+
+    Returns
+    -------
+    DataFrame
+        The mean over seeds, with ± the standard deviation where there are several; "not measured" where there is none.
+    """
+    def text(values):
+        known, places = values.dropna(), 1 if abs(values.mean()) >= 10 else 2
+        spread = f" ± {known.std():.{places}f}" if len(known) > 1 else ""
+        return f"{known.mean():.{places}f}{spread}" if len(known) else "not measured"
+    if not runs:
+        return pd.DataFrame(columns=list(columns.values()))
+    keys = [[r.config[k] for r in runs] for k in ("variant", "preset")]
+    return table(runs, columns).astype(float).groupby(keys, sort=False).agg(text).rename_axis(["variant", "preset"])
+
+
+def commands(wanted: list, runs: list) -> str:
+    """The papermill commands of runs, each with what it cost, as Markdown.
+
+    Parameters
+    ----------
+    wanted : list of dict
+        Each with `mode`, `variant`, `preset`, `dataset` and `seed`.
+    runs : list of Run
+        Those that are there; the minutes are their `wall_s`.
+    """
+    lines, there = [], {r.name: r.metrics["environment"] for r in runs if r.finished}
+    for config in wanted:
+        name = run_name(config)
+        cost = f"{there[name]['wall_s'] / 60:.0f} minutes on {there[name]['device']}" if name in there else "not measured"
+        lines.append(f"papermill nbs/20_train.ipynb runs/{name}.ipynb " + " ".join(f"-p {k} {config[k]}" for k in IDENTITY if k != "seed" or config[k]) + f"   # {cost}")
+    return "\n".join(["```bash", *lines, "```"])
 
 # %% ../nbs/07_runs.ipynb #a7d303de
 WANDB_MODES = ("offline", "online", "disabled")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'CHOICES', 'RATES', 'Config', 'resolve_device', 'fast_bfloat16', 'make_config',
            'epoch_generator', 'draw_poses', 'make_views', 'Learner', 'rate_of', 'pose_loss', 'loss_of', 'rate_at',
-           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'autocast', 'train_epoch', 'own_action',
-           'ahead', 'estimate_minutes', 'memory_layout', 'prepare', 'folder_name', 'fit']
+           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'crate_report', 'autocast', 'train_epoch',
+           'own_action', 'ahead', 'estimate_minutes', 'memory_layout', 'prepare', 'folder_name', 'fit']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
 import copy
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from . import measure, runs, subspace, viz
 from .affine import MODES, pose_targets, ranges, relative_action, sample_poses, warp, wrap
+from .crate import block_report, blocks_of, head_energy
 from .images import load_images, normalise, to_float
-from .model import ENCODERS, SeqJEPA
+from .model import AGGREGATORS, ENCODERS, PREDICTORS, SeqJEPA
 from .probes import OnlineProbes
 from .rate import coding_rate, normalised_rate, sigreg_penalty, vicreg_penalty
 from .torus import Generator, act, generator_loss, phase_loss, stay_loss, steady_loss, turn_loss
@@ -56,6 +57,8 @@ class Config:
     rate_on: str = "z_agg"
     rate_weight: float = 0.01
     encoder: str = "resnet"
+    aggregator: str = "transformer"
+    predictor: str = "mlp"
     group: str = "none"
     planes: int = 1
     turn_weight: float = 2.0
@@ -81,6 +84,9 @@ VARIANTS = {
     "original": dict(),
     "normalised_rate": dict(rate="normalised", integer=False),
     "teacherless": dict(target="stop", rate_weight=0.03, schedule="cosine", warmup=2, integer=False),
+    "teacherless_original": dict(target="stop"),
+    "teacherless_normalised": dict(target="stop", rate="normalised", integer=False),
+    "teacherless_no_rate": dict(target="stop", rate="none", integer=False),
     "no_rate": dict(rate="none", integer=False),
     "rate_z": dict(rate="normalised", rate_on="z", integer=False),
     "rate_both": dict(rate="normalised", rate_on="both", integer=False),
@@ -89,6 +95,11 @@ VARIANTS = {
     "sigreg": dict(rate="sigreg", rate_weight=0.05, integer=False),
     "lifted": dict(encoder="lifted", integer=False),
     "vit": dict(encoder="vit", integer=False),
+    "crate_aggregator": dict(aggregator="crate"),
+    "crate_alpha": dict(aggregator="crate_alpha"),
+    "crate_predictor": dict(predictor="crate"),
+    "crate": dict(aggregator="crate", predictor="crate"),
+    "crate_encoder": dict(encoder="crate"),
     "torus": dict(GROUP, phase_weight=0.0),
     "torus_phase": dict(GROUP),
     "generator": dict(GROUP, group="generator", planes=4, phase_weight=0.0),
@@ -100,7 +111,7 @@ VARIANTS = {
 }
 CHOICES = {"mode": tuple(MODES), "variant": tuple(VARIANTS), "preset": ("auto", *PRESETS), "schedule": ("constant", "cosine"),
            "objective": ("predict", "labels"), "target": ("ema", "stop"), "rate": ("published", "normalised", "vicreg", "sigreg", "none"), "rate_on": ("z_agg", "z", "both", "projector"),
-           "encoder": tuple(ENCODERS), "group": ("none", "known", "generator", "inferred"),
+           "encoder": tuple(ENCODERS), "aggregator": AGGREGATORS, "predictor": PREDICTORS, "group": ("none", "known", "generator", "inferred"),
            "precision": ("auto", "float32", "bfloat16")}
 
 # %% ../nbs/08_train.ipynb #bda5d297
@@ -195,7 +206,7 @@ class Learner(nn.Module):
     def __init__(self, config: Config, classes: int):
         super().__init__()
         self.model = SeqJEPA(config.width, config.target, config.decay, encoder=config.encoder,
-                             factors=MODES[config.mode] if config.group != "none" else (), planes=config.planes)
+                             factors=MODES[config.mode] if config.group != "none" else (), planes=config.planes, aggregator=config.aggregator, predictor=config.predictor)
         if config.rate_on == "projector":
             d = self.model.agg_dim
             self.projector = nn.Sequential(nn.Linear(d, 2 * d, bias=False), nn.BatchNorm1d(2 * d), nn.ReLU(inplace=True), nn.Linear(2 * d, 128))
@@ -345,6 +356,31 @@ def unpack(tensors: dict, learner: nn.Module, probes: nn.Module, optimisers: dic
             as_param = value.shape == params[i].shape  # moments lie in memory as their parameters do
             state.setdefault(i, {})[what] = torch.empty_like(params[i]).copy_(value) if as_param else value
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+# %% ../nbs/08_train.ipynb #0da3ca1e
+def crate_report(config: Config, learner: Learner, images, limits) -> dict:
+    """What the model's CRATE blocks do (see `crate.block_report`), with `heads`, by factor the shares (layers, heads), and all of that `untrained`; empty without blocks."""
+    if not blocks_of(learner.model):
+        return {}
+    torch.manual_seed(config.seed)
+    start = Learner(config, len(images.classes)).to(config.device)
+    return _block_numbers(config, learner.model, images, limits) | {"untrained": _block_numbers(config, start.model, images, limits)}
+
+
+def _block_numbers(config, model, images, limits):
+    def see(few, poses):
+        poses = poses.to(config.device)
+        return normalise(measure.show_views(few, poses, limits), images.mean, images.std), relative_action(poses[:, :-1], poses[:, 1:])
+    model.eval()
+    report = block_report(model, *see(images.test[:64], test_sequences(config, images, limits)[:64])) | {"heads": {}}
+    for factor in MODES[config.mode]:
+        values = subspace.sweep_values(factor, limits)
+        poses = subspace.sweep_poses(factor, values[::max(1, len(values) // 8)])[:, None].repeat(1, config.views, 1)  # (n, v, 4)
+        poses[:, 0] = 0
+        energy = sum(head_energy(model, see(few.repeat_interleave(len(poses), 0), poses.repeat(len(few), 1, 1)), see(few, torch.zeros(len(few), config.views, 4)))
+                     for few in images.test[:32].split(8))
+        report["heads"][factor] = (energy[:, :-1] / energy[:, -1:]).tolist()
+    return report
 
 # %% ../nbs/08_train.ipynb #61fb5179
 def autocast(config: Config):
@@ -531,6 +567,9 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     figures = draw(frozen, images, config, limits, arrays)
     if limits.full_circle:
         figures["class_circles"] = viz.class_circles(sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
+    blocks = crate_report(config, learner, images, limits)
+    if blocks:
+        figures["head_heatmap"] = viz.head_heatmap(blocks["heads"], blocks["layers"])
     for name, figure in figures.items():
         runs.write_figure(folder / "figures" / f"{name}.png", figure)
     runs.log_figures(log, figures, max(1, config.epochs))
@@ -541,7 +580,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, spent,
                                    config.epochs * steps * config.batch * config.views, code)
     last = {"loss": history[-1]["loss"]} if history else {}
-    runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, "environment": environment})
+    runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "environment": environment})
     log.summary.update({"published": numbers, "controlled": found})
     log.finish()
     state_file.unlink(missing_ok=True)

@@ -5,10 +5,13 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY, fit_command, papermill
+from PIL import Image
 
 
 def numbers(folder):
@@ -151,6 +154,34 @@ def test_without_a_network_the_digits_come_from_the_wheel(tmp_path, calm):
     assert sum("mnist5k" in line and "MNIST is neither in" in line for line in done.stdout.splitlines()) == 1
     found = json.loads(next((tmp_path / "runs").glob("*/metrics.json")).read_text())
     assert found["environment"]["data"] == "mnist5k"
+
+
+def test_photographs_go_all_the_way(tmp_path, calm):
+    """CIFAR-10 from JPEG files by class: limited rotations, reflected borders, colour; all figures, both families, and what CRATE blocks do."""
+    generator = np.random.default_rng(0)
+    for part, n in (("train", 44), ("test", 12)):
+        for name in ("cat", "ship", "truck"):
+            (tmp_path / "data" / "CIFAR10" / part / name).mkdir(parents=True)
+            for i in range(n):
+                small = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+                small.resize((32, 32), Image.Resampling.BICUBIC).save(tmp_path / "data" / "CIFAR10" / part / name / f"{i:02d}.jpg")
+    options = TINY | {"n_test": 36, "epochs": 1}
+    code = (f"from seqjepa_nb.train import fit, make_config\nfor mode, variant in (('rotation', 'torus_phase'), ('multi', 'original'), ('multi', 'crate')):\n"
+            f"    fit(make_config(mode, variant, 'quick', 'cifar10', device='cpu', overrides={options!r}), {str(tmp_path / 'runs')!r})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"SEQJEPA_DATA": str(tmp_path / "data")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    from seqjepa_nb import runs, viz
+    turned, plain, crate = (next(r for r in runs.read_runs(tmp_path / "runs") if r.config["variant"] == v) for v in ("torus_phase", "original", "crate"))
+    for run, factors in ((turned, ["rotation"]), (plain, ["rotation", "x", "y", "scale"]), (crate, ["rotation", "x", "y", "scale"])):
+        environment, found = run.metrics["environment"], run.metrics["controlled"]["factors"]
+        assert (environment["data"], environment["train_images"], environment["test_images"]) == ("cifar10-folder", 128, 36)
+        assert list(found) == factors and "circle" not in found["rotation"]
+        assert all(isinstance(v, float) for v in runs.flatten(run.metrics["controlled"]).values()), "a controlled number is missing"
+        assert {"combined_trajectories", "eigs_rot", "rank_monitor", "rotation_circle", "sweep_traj_rot"} <= set(run.figures) <= set(viz.CAPTIONS)
+    assert turned.metrics["controlled"]["factors"]["rotation"]["own_action_error"] >= 0
+    blocks = crate.metrics["crate"]
+    assert len(blocks["layers"]) == len(blocks["sparsity"]) == 3 and set(blocks["heads"]) == set(blocks["untrained"]["heads"]) == set(factors) and "head_heatmap" in crate.figures
+    assert blocks["sparsity"] != blocks["untrained"]["sparsity"]
 
 
 def test_damaged_files_are_named(tmp_path):
