@@ -13,13 +13,15 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 BUILD := OMP_NUM_THREADS=1 $(BIN)/jupyter-book build book -W -n --keep-going --all
 
-.PHONY: help report test venv export nbtest book runs clean
+.PHONY: help report test venv export nbtest book sweep gpu clean
 
 help:
 	@echo "make report   install, train rotation and multi, build the site (two cores: within 20 minutes)"
 	@echo "make test     export drift, every notebook, pytest, the book with warnings as errors, the site in a browser"
 	@echo "make venv     install into .venv                make export   notebooks -> seqjepa_nb/"
 	@echo "make nbtest   run the notebooks as tests        make book     build the site into book/_build/html"
+	@echo "make sweep    do what is missing of SWEEP=sweeps/reproduction.yml, JOBS=1 at a time; make sweep DRY=--dry-run only says what"
+	@echo "make gpu      measure and train everything that needs a GPU, within BUDGET=600 seconds or without a limit"
 	@echo "make clean    remove what was built (runs/ and data/ stay)"
 
 venv: $(INSTALLED)
@@ -54,6 +56,14 @@ export: $(INSTALLED)
 
 book: $(INSTALLED)
 	$(BUILD)
+
+SWEEP ?= sweeps/reproduction.yml
+JOBS ?= 1
+sweep: $(INSTALLED)
+	$(BIN)/python -m seqjepa_nb.sweep $(SWEEP) --jobs $(JOBS) $(DRY)
+
+gpu: $(INSTALLED)
+	$(BIN)/python book/gpu.py $(if $(BUDGET),--budget $(BUDGET))
 
 clean:
 	rm -rf book/_build seqjepa_nb.egg-info .pytest_cache _proc build dist

@@ -245,10 +245,13 @@ class SeqJEPA(nn.Module):
         """Observe all views but the last (b, v, 3, h, w), predict the last, given the v-1 actions (b, v-1, 5)."""
         if views.ndim != 5 or actions.shape[:2] != (len(views), views.shape[1] - 1) or views.shape[1] < 2:
             raise ValueError(f"views (b, v, 3, h, w) with v >= 2 and actions (b, v-1, 5) expected, not {tuple(views.shape)}, {tuple(actions.shape)}")
-        z, embedded = self.encode(views[:, :-1]), self.embed(actions)  # (b, v-1, d), (b, v-1, e)
+        return self.foresee(self.encode(views[:, :-1]), self.look_ahead(views[:, -1]), actions)
+
+    def foresee(self, z: Tensor, target: Tensor, actions: Tensor) -> Output:
+        """The pass after the encoder: from the observed z (b, v-1, d), the target (b, d) and the actions (b, v-1, 5)."""
+        embedded = self.embed(actions)  # (b, v-1, e)
         z_agg = self.aggregate(z, embedded[:, :-1])
-        prediction = self.predictor(torch.cat([z_agg, embedded[:, -1]], -1))
-        return Output(z, z_agg, prediction, self.look_ahead(views[:, -1]))
+        return Output(z, z_agg, self.predictor(torch.cat([z_agg, embedded[:, -1]], -1)), target)
 
     @torch.no_grad()
     def update_target(self):

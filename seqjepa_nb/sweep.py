@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import lie, runs, train
 
-# %% ../nbs/13_sweep.ipynb #83809514
+# %% ../nbs/13_sweep.ipynb #4c9efd83
 NOTEBOOKS = {"20_train": train, "21_lie_baseline": lie}
 AXES = ("notebook", "mode", "variant", "preset", "dataset", "seed", "device", "overrides")
 DEFAULTS = {"runs_dir": "runs", "executor": "local", "jobs": 1, "threads": 1, "minutes": 1440, "slurm": {}}
@@ -49,7 +49,7 @@ class Job:
     def command(self, threads: int = 1) -> list:
         """What starts it, from the repository's root; the executed notebook lies beside the run's folder."""
         plain = {k: v for k, v in self.parameters.items() if k != "overrides"} | {"runs_dir": str(self.folder.parent)}
-        more = ["-y", json.dumps({"overrides": self.parameters["overrides"]})] if self.parameters.get("overrides") else []
+        more = ["-y", yaml.safe_dump({"overrides": self.parameters["overrides"]}, default_flow_style=True, width=math.inf).strip()] if self.parameters.get("overrides") else []
         return ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "papermill", f"nbs/{self.notebook}.ipynb", f"{self.folder}.ipynb", "--no-progress-bar",
                 "--log-level", "WARNING", *(w for k, v in plain.items() for w in ("-p", k, str(v))), *more]
 

@@ -85,14 +85,16 @@ def test_interrupted_it_leaves_no_process_and_goes_on(tmp_path, sweep):
     assert not at_work(tmp_path)
     before = kept(tmp_path)
     process = begin(file)
-    wait_for(process, lambda: kept(tmp_path) > before)
+    seen = []
+    wait_for(process, lambda: seen.append(kept(tmp_path)) or seen[-1] > before)
+    assert min(seen) == before  # a run from the beginning would have kept one epoch first
     process.kill()
     process.wait()
     left, before = at_work(tmp_path), kept(tmp_path)
     assert left and 2 < before < LONG["epochs"]
     code, said = sweep(file, "--budget", "0")
     assert code == 0 and "1 not done within the budget" in said and not at_work(tmp_path), said
-    assert kept(tmp_path) >= before and "going on after epoch" in "".join(p.read_text() for p in tmp_path.glob("runs/*.ipynb"))
+    assert kept(tmp_path) >= before
 
 
 @pytest.mark.parametrize("text, words", [("runs: {mode: shear, preset: quick}", "rotation, translation, scale, multi"), ("runs: {preset: quick, epochs: 3}", "unknown epochs. Valid: notebook, mode")])

@@ -1,0 +1,215 @@
+"""`make gpu`: everything that needs a GPU. Measures the training loop, then trains `sweeps/gpu.yml`; what is there already is not done again.
+
+Measurements go to `book/runs/gpu/speed.json`, each as soon as it is made; the runs to `runs/`, to be published with book/publish.py.
+The budget is in seconds, for measurements and runs together. Without a GPU, `--device cpu --tiny` goes the same way at a size that means nothing.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqjepa_nb import runs, sweep, train
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = {"matrix rate": 10, "steps": 40, "waits": 10, "layout": 30, "precision": 60, "profile": 20, "compile": 150}
+"""What each measurement is thought to take; a guess until a GPU has answered."""
+TINY = {"width": 2, "n_train": 128, "n_test": 64, "batch": 16}
+
+
+class Bench:
+    """The measurements, by name; each returns what `speed.json` keeps of it."""
+
+    def __init__(self, device, tiny):
+        self.device, self.tiny = device, tiny
+        self.presets, self.steps = (("quick",), 4) if tiny else (("base", "full"), 40)
+
+    def config(self, preset, mode="multi", **overrides):
+        """A configuration with as many digits as the timed steps need."""
+        size = TINY if self.tiny else {"n_train": self.steps * train.make_config(preset=preset, device="cpu").batch, "n_test": 64}
+        return train.make_config(mode, preset=preset, device=self.device, overrides=size | {"epochs": 4} | overrides)
+
+    def wait(self):
+        """Until the device has done what it was told."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def epoch(self, config, parts, i):
+        """Seconds of one epoch of the training loop, everything in it."""
+        images, limits, learner, probes, optimisers = parts
+        self.wait()
+        start = time.perf_counter()
+        train.train_epoch(config, learner, probes, optimisers["optimiser"], images, limits, i)
+        self.wait()
+        return time.perf_counter() - start
+
+    def views_per_s(self, config, change=None):
+        """Views trained on in a second: the best of two epochs, after one that warms up; `change` alters the learner first."""
+        parts = train.prepare(config)
+        if change:
+            change(parts[2])
+        warm = self.epoch(config, parts, 0)
+        best = min(self.epoch(config, parts, i) for i in (1, 2))
+        return config.n_train // config.batch * config.batch * config.views / best, warm, parts
+
+    def product(self, dtype):
+        """Operations a second of one large product of matrices."""
+        n = 256 if self.tiny else 8192
+        a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
+        times = []
+        for _ in range(12):
+            self.wait()
+            start = time.perf_counter()
+            a @ b
+            self.wait()
+            times.append(time.perf_counter() - start)
+        return 2 * n**3 / min(times)
+
+    def matrix_rate(self):
+        """Of the device, in both arithmetics."""
+        return {"bfloat16": self.product(torch.bfloat16), "float32": self.product(torch.float32)}
+
+    def steps_(self):
+        """Views a second, share of the matrix rate measured in this call, peak memory."""
+        found = {}
+        for preset in self.presets:
+            config = self.config(preset)
+            if self.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            rate, _, (images, limits, learner, _, _) = self.views_per_s(config)
+            peak = runs.peak_mb(self.device)
+            pick = torch.arange(config.batch, device=self.device)
+            p = train.draw_poses(config, config.batch, limits, train.epoch_generator(config, 0))
+            views, actions = train.make_views(images, pick, p, limits), train.relative_action(p[:, :-1], p[:, 1:])
+            with FlopCounterMode(display=False) as counter, train.autocast(config):
+                loss, _ = train.loss_of(config, learner, learner(views, actions), p, images.train_labels[pick])
+                loss.backward()
+            operations = counter.get_total_flops() / (config.batch * config.views)
+            product = self.product(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+            found[preset] = {"batch": config.batch, "width": config.width, "precision": config.precision, "views_per_s": rate, "operations_per_view": operations,
+                             "matrix_rate": product, "share": rate * operations / product, "peak_mb": peak}
+        return found
+
+    def waits(self):
+        """How often the host waits for the device in an epoch; once at its end is meant."""
+        if self.device != "cuda":
+            return {"not measured": "torch counts this on a GPU only"}
+        config = self.config(self.presets[0])
+        parts = train.prepare(config)
+        self.epoch(config, parts, 0)
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train.train_epoch(config, parts[2], parts[3], parts[4]["optimiser"], parts[0], parts[1], 1)
+        torch.cuda.set_sync_debug_mode("default")
+        return {"steps": config.n_train // config.batch, "waits": sum("synchroniz" in str(w.message) for w in caught)}
+
+    def layout(self):
+        """Views a second with the default layout and with channels last."""
+        return {preset: {name: self.views_per_s(self.config(preset), lambda learner: learner.to(memory_format=form))[0]
+                         for name, form in (("default", torch.contiguous_format), ("channels last", torch.channels_last))} for preset in self.presets}
+
+    def precision(self):
+        """The loss of each epoch of a short run: float32 with two seeds, bfloat16 with one of them."""
+        found = {}
+        for name, precision, seed in (("float32", "float32", 0), ("float32, another seed", "float32", 1), ("bfloat16", "bfloat16", 0)):
+            config = train.make_config("multi", preset=self.presets[0], device=self.device, seed=seed, overrides=(TINY if self.tiny else {"n_test": 64}) | {"precision": precision, "epochs": 4})
+            images, limits, learner, probes, optimisers = train.prepare(config)
+            found[name] = [train.train_epoch(config, learner, probes, optimisers["optimiser"], images, limits, e)["loss"] for e in range(config.epochs)]
+        return found
+
+    def profile(self):
+        """Where the time goes: the operations that take most of it."""
+        config = self.config(self.presets[-1])
+        parts = train.prepare(config)
+        self.epoch(config, parts, 0)
+        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (self.device == "cuda")
+        with torch.profiler.profile(activities=kinds) as seen:
+            self.epoch(config, parts, 1)
+        spent = lambda e: e.self_device_time_total if self.device == "cuda" else e.self_cpu_time_total
+        rows = sorted(seen.key_averages(), key=spent, reverse=True)
+        whole = sum(map(spent, rows))
+        return {"preset": config.preset, "rows": [{"operation": e.key[:80], "calls": e.count, "share": spent(e) / whole} for e in rows[:15]]}
+
+    def compile(self):
+        """Views a second with the encoder compiled and not, and how long compiling takes."""
+        found = {}
+        for preset in self.presets:
+            def change(learner):
+                for net in (learner.model.encoder, learner.model.teacher):
+                    net.compile(backend="eager" if self.tiny else "inductor")
+            plain, plain_warm, _ = self.views_per_s(self.config(preset))
+            torch.compiler.reset()
+            compiled, warm, _ = self.views_per_s(self.config(preset), change)
+            found[preset] = {"plain": plain, "compiled": compiled, "compiling_s": warm - plain_warm}
+        return found
+
+
+def write_down(file, found):
+    """Keep what was measured so far."""
+    runs.write_json(file, found)
+
+
+def main(arguments=None):
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser("python book/gpu.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for everything together")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="a size that only shows that everything works")
+    parser.add_argument("--out", type=Path, default=ROOT / "book" / "runs" / "gpu", help="where speed.json goes")
+    parser.add_argument("--runs-dir", dest="runs_dir", default="runs", help="where the runs go")
+    parser.add_argument("--sweep", default=str(ROOT / "sweeps" / "gpu.yml"), help="what is trained")
+    given, begun = parser.parse_args(arguments), time.time()
+    left = lambda: given.budget - (time.time() - begun)
+    bench = Bench(given.device, given.tiny)
+    measures = {"matrix rate": bench.matrix_rate, "steps": bench.steps_, "waits": bench.waits, "layout": bench.layout, "precision": bench.precision, "profile": bench.profile, "compile": bench.compile}
+    there = given.device == "cpu" or torch.cuda.is_available()
+    file = given.out / "speed.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    card = runs.device_name(given.device) if there else None
+    if there and found.get("card", card) != card:
+        print(f"{file} holds measurements of another device, {found['card']}: move it away, or name another folder with --out.", file=sys.stderr)
+        return 1
+    todo = [name for name in measures if name not in found]
+    print(f"Plan for {card or 'a GPU'}: {len(todo)} of {len(measures)} measurements to make, about {sum(SECONDS[n] for n in todo) / 60:.0f} min: {', '.join(todo) or 'none'};")
+    if not there:
+        print("then the runs of sweeps/gpu.yml, about a minute each by the goals.\n\nThere is no GPU here that torch can use, so nothing was measured. On a machine with one:"
+              "\n\n    make gpu                 all of it\n    make gpu BUDGET=600      what fits into ten minutes; the same command goes on"
+              "\n\nTo see the same path work on the CPU: python book/gpu.py --device cpu --tiny --out /tmp/gpu --runs-dir /tmp/gpu", file=sys.stderr)
+        return 1
+    jobs = sweep.read_sweep(given.sweep, runs_dir=given.runs_dir)
+    known = sweep.known_runs(jobs.runs_dir)
+    print(f"then {sweep.total(sweep.plan(jobs, known), jobs.at_once)}" + (f". Budget: {given.budget:g} s." if given.budget < math.inf else "."), flush=True)
+    found["card"] = card
+    found["environment"] = {"torch": torch.__version__, "cuda": torch.version.cuda, "commit": runs.commit()}
+    late, broken = [], []
+    for name in todo:
+        if left() < (1 if given.tiny else SECONDS[name]):
+            late.append(name)
+            continue
+        start = time.time()
+        try:
+            found[name] = measures[name]()
+        except Exception as error:  # one measurement that fails stops no other; it is tried again next time
+            broken.append(name)
+            print(f"{name}: failed, {type(error).__name__}: {error}", flush=True)
+            continue
+        write_down(file, found)
+        print(f"{name}: {time.time() - start:.0f} s", flush=True)
+    states = sweep.run_sweep(jobs, known, budget=left()) if left() > 0 else {j.folder.name: sweep.stands(j)[0] for j in jobs.jobs}
+    found["runs"] = {r.name: {k: r.metrics["environment"][k] for k in ("wall_s", "train_s", "views_per_s", "peak_mb")} for r in sweep.known_runs(jobs.runs_dir) if r.name in states}
+    write_down(file, found)
+    open_ = [n for n, s in states.items() if s != "finished"]
+    print(f"{len(found['runs'])} of {len(states)} runs finished; measurements in {file}.")
+    if late or broken or open_:
+        print(f"Left: {', '.join(late + broken + open_)}. The same command goes on.")
+    return int(bool(broken) or any(s.startswith("failed") for s in states.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
