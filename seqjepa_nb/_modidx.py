@@ -319,6 +319,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'seqjepa_nb.train.loss_of': ('train.html#loss_of', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.make_config': ('train.html#make_config', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.make_views': ('train.html#make_views', 'seqjepa_nb/train.py'),
+                                  'seqjepa_nb.train.measured': ('train.html#measured', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.memory_layout': ('train.html#memory_layout', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.own_action': ('train.html#own_action', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.pack': ('train.html#pack', 'seqjepa_nb/train.py'),

@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'CHOICES', 'RATES', 'PARAMETERS', 'Config', 'resolve_device', 'fast_bfloat16',
            'make_config', 'epoch_generator', 'draw_poses', 'make_views', 'Learner', 'rate_of', 'pose_loss', 'loss_of',
            'rate_at', 'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'crate_report', 'autocast',
-           'train_epoch', 'own_action', 'ahead', 'estimate_minutes', 'memory_layout', 'prepare', 'folder_name', 'fit',
-           'fit_with']
+           'train_epoch', 'own_action', 'ahead', 'measured', 'estimate_minutes', 'memory_layout', 'prepare',
+           'folder_name', 'fit', 'fit_with']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
 import copy
@@ -456,6 +456,21 @@ def ahead(config: Config, learner: Learner, frozen: Frozen, images, limits) -> d
     return {name: measure.ahead_errors(frozen.encode, way, images.test[:measure.ANCHORS], limits) for name, way in ways.items()}
 
 
+def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, arrays) -> tuple:
+    """The controlled numbers of a trained learner, what its CRATE blocks do (empty without blocks), and its figures by name."""
+    found, sweeps = measure.controlled(frozen.encode, images, config.mode, limits, frozen.aggregate, own_action(config, learner))
+    if config.epochs and config.objective == "predict":
+        found["ahead"] = ahead(config, learner, frozen, images, limits)
+    if config.group == "generator":
+        found["generator"] = learner.generator.to("cpu").spectrum(arrays[0][:, 1, :learner.model.pose_dim])
+    figures, blocks = draw(frozen, images, config, limits, arrays), crate_report(config, learner, images, limits)
+    if limits.full_circle:
+        figures["class_circles"] = viz.class_circles(sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
+    if blocks:
+        figures["head_heatmap"] = viz.head_heatmap(blocks["heads"], blocks["layers"])
+    return found, blocks, figures
+
+
 def estimate_minutes(config: Config, learner: Learner, images, limits, epochs: int) -> float:
     """Minutes that `epochs` epochs will take, from two timed steps on a throw-away copy."""
     copied, n = copy.deepcopy(learner).train(), min(config.batch, len(images.train))
@@ -577,17 +592,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
         return runs.read_run(folder)
 
     numbers, arrays = published(config, frozen, probes, images, limits)
-    found, sweeps = measure.controlled(frozen.encode, images, config.mode, limits, frozen.aggregate, own_action(config, learner))
-    if config.epochs and config.objective == "predict":
-        found["ahead"] = ahead(config, learner, frozen, images, limits)
-    if config.group == "generator":
-        found["generator"] = learner.generator.to("cpu").spectrum(arrays[0][:, 1, :learner.model.pose_dim])
-    figures = draw(frozen, images, config, limits, arrays)
-    if limits.full_circle:
-        figures["class_circles"] = viz.class_circles(sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
-    blocks = crate_report(config, learner, images, limits)
-    if blocks:
-        figures["head_heatmap"] = viz.head_heatmap(blocks["heads"], blocks["layers"])
+    found, blocks, figures = measured(config, learner, frozen, images, limits, arrays)
     for name, figure in figures.items():
         runs.write_figure(folder / "figures" / f"{name}.png", figure)
     runs.log_figures(log, figures, max(1, config.epochs))
