@@ -19,7 +19,7 @@ from seqjepa_nb import runs, sweep, train
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"matrix rate": 10, "steps": 40, "waits": 10, "layout": 30, "precision": 60, "profile": 20, "compile": 150}
 """What each measurement is thought to take; a guess until a GPU has answered."""
-TINY = {"width": 2, "n_train": 128, "n_test": 64, "batch": 16}
+TINY = {"width": 16, "n_train": 64, "n_test": 64, "batch": 16}  # not narrower: see train.memory_layout
 
 
 class Bench:
@@ -150,11 +150,6 @@ class Bench:
         return found
 
 
-def write_down(file, found):
-    """Keep what was measured so far."""
-    runs.write_json(file, found)
-
-
 def main(arguments=None):
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser("python book/gpu.py", description=__doc__.splitlines()[0])
@@ -199,11 +194,12 @@ def main(arguments=None):
             broken.append(name)
             print(f"{name}: failed, {type(error).__name__}: {error}", flush=True)
             continue
-        write_down(file, found)
+        runs.write_json(file, found)
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
+    torch.cuda.empty_cache()
     states = sweep.run_sweep(jobs, known, budget=left()) if left() > 0 else {j.folder.name: sweep.stands(j)[0] for j in jobs.jobs}
     found["runs"] = {r.name: {k: r.metrics["environment"][k] for k in ("wall_s", "train_s", "views_per_s", "peak_mb")} for r in sweep.known_runs(jobs.runs_dir) if r.name in states}
-    write_down(file, found)
+    runs.write_json(file, found)
     open_ = [n for n, s in states.items() if s != "finished"]
     print(f"{len(found['runs'])} of {len(states)} runs finished; measurements in {file}.")
     if late or broken or open_:
@@ -212,4 +208,8 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, the running job's whole epochs too. The same command goes on.")
+        sys.exit(130)
