@@ -19,7 +19,7 @@ for kind in ("single", "double"):
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float, views = torch.Tensor.double, train.make_views
         train.make_views = lambda *a: views(*a).double()
-    for variant, overrides in {"original": {}, "teacherless": {"rate_on": "projector"}}.items():
+    for variant, overrides in ({"original": {}} | ({"teacherless": {"rate_on": "projector"}} if kind == "double" else {})).items():
         c = train.make_config("multi", variant, "quick", device="cpu", overrides={"width": 4, "n_train": 64, "n_test": 32, "batch": 64, "epochs": STEPS, "precision": "float32"} | overrides)
         images, limits, learner, probes, optimisers = train.prepare(c)
         rows = [train.train_epoch(c, learner, probes, optimisers["optimiser"], images, limits, e) for e in range(c.epochs)]  # one step each
