@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import lie, runs, train
 
-# %% ../nbs/13_sweep.ipynb #4c9efd83
+# %% ../nbs/13_sweep.ipynb #0bd21b6f
 NOTEBOOKS = {"20_train": train, "21_lie_baseline": lie}
 AXES = ("notebook", "mode", "variant", "preset", "dataset", "seed", "device", "overrides")
 DEFAULTS = {"runs_dir": "runs", "executor": "local", "jobs": 1, "threads": 1, "minutes": 1440, "slurm": {}}
@@ -52,6 +52,11 @@ class Job:
         more = ["-y", yaml.safe_dump({"overrides": self.parameters["overrides"]}, default_flow_style=True, width=math.inf).strip()] if self.parameters.get("overrides") else []
         return ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "papermill", f"nbs/{self.notebook}.ipynb", f"{self.folder}.ipynb", "--no-progress-bar",
                 "--log-level", "WARNING", *(w for k, v in plain.items() for w in ("-p", k, str(v))), *more]
+
+    @property
+    def place(self) -> str:
+        """Where it will run, 'cpu' or 'cuda'."""
+        return "cuda" if str(self.parameters.get("device")).startswith("cuda") else torch.device(self.config.device).type
 
     @property
     def epochs(self) -> int:
@@ -149,7 +154,7 @@ def stands(job: Job) -> tuple:
         return "broken", len(meta["history"]), meta["train_s"]
     return "broken" if (job.folder / "config.json").exists() else "new", 0, 0.0
 
-# %% ../nbs/13_sweep.ipynb #b4e97fb6
+# %% ../nbs/13_sweep.ipynb #07dfa36e
 COST = {"20_train": {"quick": (2, "cpu"), "small": (9, "cpu"), "base": (1, "cuda"), "full": (1.5, "cuda")},
         "21_lie_baseline": {"quick": (2, "cpu"), "small": (4, "cpu"), "base": (12, "cpu")}}
 """Minutes that the presets are said to cost, and where; those of the GPU are goals, not measurements."""
@@ -171,20 +176,19 @@ def estimate(job: Job, known: list) -> tuple:
     Parameters
     ----------
     job : Job
-        Also its `config.device` counts.
+        Also where it will run counts.
     known : list of Run
         Finished runs; see `known_runs`.
     """
     size = {k: getattr(job.config, k, None) for k in SIZE}
-    place = torch.device(job.config.device).type
-    alike = [r for r in known if all(r.config.get(k) == v for k, v in size.items()) and str(r.config.get("device", "")).startswith(place) and ("sigma" in r.config) == hasattr(job.config, "sigma")]
+    alike = [r for r in known if all(r.config.get(k) == v for k, v in size.items()) and str(r.config.get("device", "")).startswith(job.place) and ("sigma" in r.config) == hasattr(job.config, "sigma")]
     for closer in (lambda r: r.metrics["environment"]["device"] == runs.device_name(job.config.device),
                    lambda r: (r.config["mode"], r.config["variant"]) == (job.config.mode, job.config.variant)):
         alike = [r for r in alike if closer(r)] or alike
     if alike:
         return statistics.median(r.metrics["environment"]["wall_s"] for r in alike) / 60, f"{len(alike)} finished run{'s' * (len(alike) > 1)}"
     stated, where = COST[job.notebook][job.config.preset]
-    if where != place:
+    if where != job.place:
         return None, "not known"
     usual = NOTEBOOKS[job.notebook].make_config(job.config.mode, job.config.variant, job.config.preset, device=job.config.device)
     return stated * (job.config.epochs * job.config.n_train) / max(1, usual.epochs * usual.n_train), "the preset"
@@ -222,11 +226,11 @@ def total(rows: list, at_once: int) -> str:
     return (f"{len(rows)} runs, {len(rows) - len(todo)} finished, {len(todo)} to do, {at_once} at a time: "
             + ("nothing to do" if not todo else f"about {write_minutes(together)}" if minutes else "for how long is not known") + (f", and {blind} of unknown length" if blind and minutes else ""))
 
-# %% ../nbs/13_sweep.ipynb #047f74ca
+# %% ../nbs/13_sweep.ipynb #c3659f09
 def start(sweep: Sweep, job: Job, slot: int = 0):
     """Submit a job; `slot` picks the GPU on this machine. Returns submitit's handle."""
     logs = sweep.runs_dir / ".jobs"
-    gpus = 0 if job.config.device == "cpu" and job.parameters.get("device") != "cuda" else 1
+    gpus = int(job.place == "cuda")
     if sweep.executor == "slurm":
         executor = submitit.AutoExecutor(logs / "%j", cluster="slurm")
         executor.update_parameters(name=job.folder.name, timeout_min=sweep.minutes, cpus_per_task=sweep.threads, gpus_per_node=gpus, **{f"slurm_{k}": v for k, v in sweep.slurm.items()})
