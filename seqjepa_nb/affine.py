@@ -26,7 +26,7 @@ def inverse_matrix(poses: Tensor, h: int, w: int) -> Tensor:
     c, s = theta.cos() * (-log_s).exp(), theta.sin() * (-log_s).exp()
     a = torch.stack([c, -s, s, c], -1).unflatten(-1, (2, 2))  # (..., 2, 2): turned back, in pixels with y down
     shift = (a @ torch.stack([tx, ty], -1)[..., None])  # (..., 2, 1)
-    size = poses.new_tensor([w, h]) / 2
+    size = torch.stack([poses.new_full((), w / 2), poses.new_full((), h / 2)])  # filled on the device: a copy from the host would make it wait
     return torch.cat([a * size / size[:, None], -shift / size[:, None]], -1)
 
 # %% ../nbs/01_affine.ipynb #11da8511

@@ -48,7 +48,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def normalise(x: Tensor, mean, std) -> Tensor:
     """Standardise pixels in [0, 1], of shape (..., c, h, w), and repeat a single channel to three: (..., 3, h, w)."""
-    mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (mean, std))
+    mean, std = (torch.stack([x.new_full((1, 1), float(c)) for c in v]) for v in (mean, std))  # (c, 1, 1), filled on the device: a copy would make the host wait
     x = (x - mean) / std
     return x.expand(*x.shape[:-3], 3, *x.shape[-2:]) if x.shape[-3] == 1 else x
 

@@ -39,6 +39,23 @@ def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
     assert gpu.main(command) == 1 and "another device" in capsys.readouterr().err
 
 
+def test_a_step_neither_asks_the_device_nor_sends_it_numbers(monkeypatch):
+    """Each of these calls in the loop would make the host wait for a GPU: an epoch of eight steps has as many as one of four."""
+    from seqjepa_nb import train
+    calls = []
+    for owner, name in ((torch.Tensor, "item"), (torch.Tensor, "tolist"), (torch.Tensor, "cpu"), (torch.Tensor, "numpy"), (torch.Tensor, "new_tensor"), (torch, "tensor"), (torch, "as_tensor")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, name=name, **k: (calls.append(name), real(*a, **k))[1])
+    counts = {}
+    for n in (64, 128):
+        c = train.make_config("multi", "torus_phase", "quick", device="cpu", overrides=TINY | {"n_train": n})
+        images, limits, learner, probes, optimisers = train.prepare(c)
+        calls.clear()
+        train.train_epoch(c, learner, probes, optimisers["optimiser"], images, limits, 0)
+        counts[n] = sorted(calls)
+    assert "tolist" in counts[64] and counts[64] == counts[128], counts
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_it_would_do(tmp_path, gpu, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 1
