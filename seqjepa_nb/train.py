@@ -430,6 +430,11 @@ def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, a
     figures, blocks = draw(frozen, images, config, limits, arrays), crate_report(config, learner, images, limits)
     if limits.full_circle:
         figures["class_circles"] = viz.class_circles(sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
+    if len(names := list(sweeps)) > 1:
+        shared = lambda f, g: found["overlap"].get(f"{f}-{g}", found["overlap"].get(f"{g}-{f}", 1.0))
+        figures["overlap_heatmap"] = viz.overlap_heatmap([[shared(f, g) for g in names] for f in names], names)
+    if "x" in sweeps:
+        figures["translation_lines"] = viz.translation_lines(sweeps["x"][0], sweeps["y"][0], sweeps["x"][1], sweeps["y"][1])
     if blocks:
         figures["head_heatmap"] = viz.head_heatmap(blocks["heads"], blocks["layers"])
     return found, blocks, figures
