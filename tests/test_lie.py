@@ -1,7 +1,7 @@
 """Whole runs of the Lie-group baseline: papermill, refused, killed and gone on with, degenerate data."""
 import csv
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +10,20 @@ import time
 import pytest
 from conftest import ROOT, papermill
 
-TINY = {"n_train": 60, "n_test": 40, "n_exemplar": 60, "poses": 1, "planes": 12, "torus": 1, "multiplicity": 2, "grid": 16, "templates": 3, "steps": 3, "restarts": 2, "restart_epochs": 2, "epochs": 2, "batch": 20}
+TINY = {"n_train": 60, "n_test": 40, "n_exemplar": 60, "poses": 1, "planes": 12, "torus": 1, "multiplicity": 2, "grid": 16, "templates": 3, "steps": 3, "pair_epochs": 2, "restarts": 2, "restart_epochs": 2, "epochs": 2, "batch": 20}
 
 
-def fit_command(folder, **more):
-    """The command that trains a tiny run of the baseline into `folder`."""
-    options = {"mode": "rotation", "preset": "quick", "device": "cpu", "overrides": TINY} | more
-    code = f"import torch; torch.set_num_threads(1); from seqjepa_nb.lie import fit_run, make_config; fit_run(make_config(**{options!r}), {str(folder)!r})"
-    return [sys.executable, "-c", code]
+def options(**more):
+    """What a tiny run of the baseline is asked for."""
+    return {"mode": "rotation", "preset": "quick", "device": "cpu", "overrides": TINY} | more
+
+
+def fit_here(folder, **more):
+    """Train a tiny run into `folder`, in this process: importing the package again would take longer than the run."""
+    import torch
+    from seqjepa_nb.lie import fit_run, make_config
+    torch.set_num_threads(1)
+    return fit_run(make_config(**options(**more)), folder)
 
 
 def numbers(folder):
@@ -43,15 +49,28 @@ def test_papermill_leaves_a_run_like_the_others(tmp_path, calm):
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["-p", "mode", "shear"], "translation, rotation_scale, untransformed, rotation, scale, multi"),
-    (["-p", "modes", "rotation"], "unknown parameter modes. Valid: dataset, device, mode"),
-    (["-y", "{overrides: {planes: 500}}"], "planes is at most 392"),
-])
-def test_papermill_refuses_before_any_work(tmp_path, calm, arguments, words):
-    done = papermill("nbs/21_lie_baseline.ipynb", tmp_path / "out.ipynb", "-p", "runs_dir", tmp_path / "runs", *arguments)
-    assert done.returncode == 1 and words in done.stderr, done.stderr
+def test_papermill_refuses_before_any_work(tmp_path, calm):
+    done = papermill("nbs/21_lie_baseline.ipynb", tmp_path / "out.ipynb", "-p", "runs_dir", tmp_path / "runs", "-p", "modes", "rotation")
+    assert done.returncode == 1 and "unknown parameter modes. Valid: dataset, device, mode" in done.stderr, done.stderr
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("parameters, words", [
+    ({"mode": "shear"}, "translation, rotation_scale, untransformed, rotation, scale, multi"),
+    ({"overrides": {"planes": 500}}, "planes is at most 392"),
+    ({"wandb_mode": "cloud"}, "the W&B mode is one of offline, online, disabled"),
+])
+def test_the_notebook_refuses_values_before_any_work(tmp_path, calm, parameters, words):
+    """The cells as papermill parametrises them, run in this process."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+    notebook = parameterize_notebook(load_notebook_node(str(ROOT / "nbs" / "21_lie_baseline.ipynb")), parameters | {"runs_dir": str(tmp_path / "runs"), "preset": "quick"})
+    space = {}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, space)
+    assert not list(tmp_path.glob("runs/*/*.json"))
 
 
 def test_unknown_values_name_the_valid_ones():
@@ -61,11 +80,11 @@ def test_unknown_values_name_the_valid_ones():
             make_config(**options)
 
 
-def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm):
+def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm, capsys):
     from seqjepa_nb.runs import load_state
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(fit_command(whole), cwd=ROOT, check=True, capture_output=True)
-    process, done = subprocess.Popen(fit_command(broken), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+    code = f"import torch; torch.set_num_threads(1); from seqjepa_nb.lie import fit_run, make_config; fit_run(make_config(**{options()!r}), {str(broken)!r})"
+    process, done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
     while done < 3 and process.poll() is None:
         state = next(broken.glob("*/state.safetensors"), None)
         done = len(load_state(state)[1]["history"]) if state else 0
@@ -73,8 +92,9 @@ def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert done >= 3 and not list(broken.glob("*/metrics.json"))
-    again = subprocess.run(fit_command(broken), cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "going on after epoch" in again.stdout
+    fit_here(broken)
+    assert "going on after epoch" in capsys.readouterr().out
+    fit_here(whole)
     assert numbers(broken) == numbers(whole)
 
 
@@ -86,16 +106,29 @@ def test_folder_of_one_black_class(tmp_path, calm):
             path = tmp_path / "images" / kind / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (12, 12), value and value + i).save(path)
-    options = {"dataset": str(tmp_path / "images"), "overrides": TINY | {"n_test": 40, "n_train": 100, "planes": 8}}
-    done = subprocess.run(fit_command(tmp_path / "runs", **options), cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    asked = {"dataset": str(tmp_path / "images"), "overrides": TINY | {"n_test": 40, "n_train": 100, "planes": 8}}
+    assert fit_here(tmp_path / "runs", **asked).metrics["lie"]["snr"] > 1
     for path in (tmp_path / "images" / "gray").iterdir():
         Image.new("L", (12, 12), 0).save(path)
-    done = subprocess.run(fit_command(tmp_path / "none", **options), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "X is black everywhere" in done.stderr
+    with pytest.raises(ValueError, match="X is black everywhere"):
+        fit_here(tmp_path / "none", **asked)
+
+
+def test_the_log_holds_history_and_figures(tmp_path, calm, monkeypatch):
+    """What Weights & Biases is given: a row an epoch, then the figures, then the numbers."""
+    from seqjepa_nb import runs
+    given, summary, ends = [], {}, []
+    class Log:
+        log = staticmethod(lambda row, step: given.append((step, set(row))))
+        finish = staticmethod(lambda exit_code=0: ends.append(exit_code))
+    Log.summary = summary
+    monkeypatch.setattr(runs, "start_wandb", lambda config, folder, mode=None, run_id=None: Log)
+    run = fit_here(tmp_path / "runs")
+    assert [step for step, row in given if "snr" in row] == list(run.history["epoch"]) and ends == [0]
+    assert given[-1] == (len(run.history), {f"viz/{name}" for name in run.figures}) and {"controlled", "lie"} == set(summary)
 
 
 def test_help_explains_every_parameter():
     from papermill.inspection import inspect_notebook
     found = inspect_notebook(str(ROOT / "nbs" / "21_lie_baseline.ipynb"))
-    assert set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "overrides"} and all(p["help"] for p in found.values())
+    assert set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "wandb_mode", "overrides"} and all(p["help"] for p in found.values())
