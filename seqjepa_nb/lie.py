@@ -294,7 +294,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     @torch.no_grad()
     def _begin_templates(self, x, seed):
         """Templates that lie far apart, whatever s: each image is drawn in proportion to the square of what R(s) fails to take the drawn ones to."""
-        g = torch.Generator().manual_seed(seed)
+        g, x = torch.Generator().manual_seed(seed), x[x.any(1)]  # black images have no pattern
         some = self._unit(x[torch.randperm(len(x), generator=g)[:400].to(x.device)] @ self.planes_)[0]
         z, far, drawn = self._complex(some), some.new_full((len(some),), 1.0), []
         for _ in range(self.templates):
@@ -509,7 +509,7 @@ PRESETS = {
     "small": dict(n_train=4_000, n_test=1_000, n_exemplar=6_000, poses=2),
     "base": dict(n_train=10_000, n_test=2_000, n_exemplar=10_000, poses=1, epochs=40),
 }
-"""Sizes of a run; `quick` and `small` take about two and four minutes on one CPU core, `base` about twelve, the measurements included."""
+"""Sizes of a run; `quick` and `small` take some two and four minutes on one idle CPU core, `base` some eight, the measurements included."""
 PLANE = dict(torus=2, multiplicity=1, grid=32)
 SETTINGS = {"translation": PLANE, "rotation_scale": PLANE, "untransformed": PLANE | dict(multiplicity=2), "rotation": dict(torus=1, multiplicity=6, grid=64),
             "scale": dict(torus=1, multiplicity=6, grid=64), "multi": dict(torus=3, multiplicity=1, grid=14)}
@@ -652,7 +652,7 @@ def draw(model: LieSparseCoder, images, views: Tensor, planes: dict, sweeps: dic
     found = model.inverse_transform(code)
     order = [i for i in range(model.planes) if model.omega_[i].any()]
     some = order[:: max(1, len(order) // 10)][:10]
-    tall = lambda x: x / x.abs().amax(0)
+    tall = lambda x: x / x.abs().amax(0).clamp_min(1e-12)
     one, turns = code[:1].repeat(10, 1), torch.arange(10) / 10 * 2 * math.pi
     rows = {}
     for k in range(model.torus):
@@ -701,7 +701,7 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     -------
     runs.Run
     """
-    started, code = time.time(), runs.commit()
+    started, began = time.time(), runs.commit()
     folder = Path(runs_dir) / folder_name(config)
     say = lambda text: print(text, flush=True)
     if (folder / "config.json").exists() and runs.read_run(folder).config != config.to_dict():
@@ -747,7 +747,7 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
            "exemplars": dict(zip(map(str, digits), pick.unique().tolist())) if digits else {}, "alpha_scale": scale,
            "active": float((code[:, :model.templates] > 1e-3).float().sum(1).mean()), "representations": short}
     epochs = config.pair_epochs + config.restarts * config.restart_epochs + config.epochs
-    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, model.train_s_, epochs * len(views), code)
+    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, model.train_s_, epochs * len(views), began)
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     runs.write_json(folder / "metrics.json", {"run": run, "controlled": main, "lie": lie, "environment": environment})
     log.summary.update(runs.plain({"controlled": main, "lie": lie}))
