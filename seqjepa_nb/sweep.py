@@ -61,7 +61,7 @@ class Job:
     @property
     def epochs(self) -> int:
         """How many epochs it has, restarts included."""
-        return self.config.epochs + getattr(self.config, "restarts", 0) * getattr(self.config, "restart_epochs", 0)
+        return self.config.epochs + getattr(self.config, "pair_epochs", 0) + getattr(self.config, "restarts", 0) * getattr(self.config, "restart_epochs", 0)
 
 
 @dataclass(frozen=True)
