@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.runs.device_name': ('runs.html#device_name', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.environment': ('runs.html#environment', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.find_root': ('runs.html#find_root', 'seqjepa_nb/runs.py'),
+                                 'seqjepa_nb.runs.finished_run': ('runs.html#finished_run', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.flatten': ('runs.html#flatten', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.load_state': ('runs.html#load_state', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.log_figures': ('runs.html#log_figures', 'seqjepa_nb/runs.py'),

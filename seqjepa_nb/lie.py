@@ -704,11 +704,8 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     started, began = time.time(), runs.commit()
     folder = Path(runs_dir) / folder_name(config)
     say = lambda text: print(text, flush=True)
-    if (folder / "config.json").exists() and runs.read_run(folder).config != config.to_dict():
-        raise ValueError(f"{folder} holds a run of another configuration; remove it or choose another runs_dir")
-    if (folder / "metrics.json").exists():
-        say(f"{folder.name} is finished already; remove {folder} to train it again.")
-        return runs.read_run(folder)
+    if (there := runs.finished_run(folder, config.to_dict(), say)) is not None:
+        return there
     images = load_images(config.dataset, config.n_train, config.n_test)
     limits = pose_ranges(config.mode, images.source)
     views, poses, pick = training_views(config, images, limits)

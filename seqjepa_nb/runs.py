@@ -6,8 +6,8 @@
 __all__ = ['IDENTITY', 'WANDB_MODES', 'find_root', 'published_root', 'run_name', 'resolve_device', 'check_choices', 'request',
            'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json', 'small_png', 'write_figure',
            'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'environment', 'Run',
-           'read_run', 'read_runs', 'flatten', 'table', 'show', 'over_seeds', 'commands', 'start_wandb', 'log_history',
-           'log_figures', 'Terminal', 'terminal', 'progress']
+           'read_run', 'finished_run', 'read_runs', 'flatten', 'table', 'show', 'over_seeds', 'commands', 'start_wandb',
+           'log_history', 'log_figures', 'Terminal', 'terminal', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -337,6 +337,19 @@ def read_run(folder) -> Run:
     history = _read(folder / "history.csv", pd.read_csv, pd.DataFrame())
     return Run(folder, _read(folder / "config.json", _read_json, {}), _read(folder / "metrics.json", _read_json, {}), history,
                {p.stem: p for p in sorted((folder / "figures").glob("[!.]*.png"))})
+
+
+def finished_run(folder, config: dict, say=print) -> Run | None:
+    """The run in `folder` if it has come to its end, else None: there is work to do. ValueError if the folder holds a run of another configuration."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        return None
+    run = read_run(folder)
+    if run.config != config:
+        raise ValueError(f"{folder} holds a run of another configuration; remove it or choose another runs_dir")
+    if run.finished:
+        say(f"{folder.name} is finished already; remove {folder} to train it again.")
+    return run if run.finished else None
 
 
 def read_runs(*roots) -> list:

@@ -508,11 +508,8 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     lead = processes.first()
     folder = Path(runs_dir) / folder_name(config)
     say = lambda text: lead and print(text, flush=True)
-    if (folder / "config.json").exists() and runs.read_run(folder).config != config.to_dict():
-        raise ValueError(f"{folder} holds a run of another configuration; remove it or choose another runs_dir")
-    if (folder / "metrics.json").exists():
-        say(f"{folder.name} is finished already; remove {folder} to train it again.")
-        return runs.read_run(folder)
+    if (there := runs.finished_run(folder, config.to_dict(), say)) is not None:
+        return there
     images, limits, learner, probes, optimisers = prepare(config)
     state_file, history, spent, wandb_id = folder / "state.safetensors", [], 0.0, None
     if state_file.exists():
