@@ -31,16 +31,23 @@ def executed(path):
         for output in cell.get("outputs", []):
             if picture := output.get("data", {}).get("image/png"):
                 output["data"]["image/png"] = base64.b64encode(runs.small_png(base64.b64decode(picture))).decode()
-    title = f"# {found[1]}\n"
-    first = "".join(notebook["cells"][0]["source"])
-    notebook["cells"][0]["source"] = re.sub(r"\A# .*\n", title, first).splitlines(keepends=True)
     return found[1], notebook
+
+
+def heading(name, config, notebook):
+    """A run's chapter in words: what it is, the folder's name, and the command that makes it again."""
+    changed = {k: v for k, v in config.items() if f"-{k}{v}" in name.removeprefix(runs.run_name(config))}
+    about = f"{config['mode'].capitalize().replace('_', ' and ')}, {config['variant'].replace('_', ' ')}" + "".join(f", {k} {v}" for k, v in changed.items()) + ("" if config["dataset"] == "mnist" else f", {config['dataset']}")
+    asked = " ".join(f"-p {k} {config[k]}" for k in ("mode", "variant", "preset", "dataset", "seed"))
+    more = ' -y "{overrides: ' + json.dumps(changed).replace('"', "") + '}"' if changed else ""
+    told = " The baseline gets **no action labels**, while seq-JEPA is given the relative actions." if "lie" in config["variant"] else ""
+    return f"# {about}\n\n> `{name}`, made by `papermill nbs/{notebook} out.ipynb {asked}{more}`\n\nA published run, shown as it ran. What the numbers mean: [one protocol for every model](../../../nbs/12_measure.ipynb).{told}"
 
 
 def list_chapter(name, page):
     """Add the chapter to both tables of contents, behind the last published run, unless it is there."""
-    for file, entry, ahead in ((ROOT / "book" / "_toc.yml", f"      - file: runs/{name}/{page.stem}\n", "  - caption: The experiment\n    chapters:\n"),
-                               (ROOT / "_quarto.yml", f"          - book/runs/{name}/{page.name}\n", "      - section: The experiment\n        contents:\n")):
+    for file, entry, ahead in ((ROOT / "book" / "_toc.yml", f"      - file: runs/{name}/{page.stem}\n", "  - caption: Published runs\n    chapters:\n"),
+                               (ROOT / "_quarto.yml", f"          - book/runs/{name}/{page.name}\n", "      - section: Published runs\n        contents:\n")):
         text = file.read_text()
         if entry not in text:
             known = [m.end() for m in re.finditer(r" +- (?:file: |book/)runs/.*\n", text)]
@@ -62,6 +69,7 @@ def publish(path):
     for file in source.glob("figures/*.png"):
         (target / "figures" / file.name).write_bytes(runs.small_png(file.read_bytes()))
     page = target / ("21_lie_baseline.ipynb" if "-lie" in name else "20_train.ipynb")
+    notebook["cells"][0]["source"] = heading(name, json.loads((target / "config.json").read_text()), page.name).splitlines(keepends=True)
     runs.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     sizes = {f: f.stat().st_size for f in target.rglob("*") if f.is_file()}
     if sum(sizes.values()) > LIMIT or any(s > FIGURE for f, s in sizes.items() if f.suffix == ".png"):

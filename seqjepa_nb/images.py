@@ -180,11 +180,9 @@ def _cifar10(root):
     return (*_records(names[:5]), *_records(names[5:])), CIFAR_CLASSES, "cifar10"
 
 # %% ../nbs/00_images.ipynb #b9793fb0
-def _draw(x, y, n, seed, what):
+def _draw(x, y, n, seed):
     if n is None:
         return x, y
-    if n > len(x):
-        raise ValueError(f"{n} {what} images asked for, {len(x)} there. Choose a smaller preset or override n_{what}.")
     keep = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]
     return x[keep], y[keep]
 
@@ -222,6 +220,10 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
         source = "folder"
         pixels = to_float(a[:2000])
         mean, std = (tuple(f(pixels.transpose(0, 1).flatten(1)).tolist()) for f in (lambda p: p.mean(1), lambda p: p.std(1).clamp_min(1e-3)))
-    a, la = _draw(a, la, n_train, 42, "train")
-    b, lb = _draw(b, lb, n_test, 43, "test")
+    short = {what: (n, len(x)) for what, n, x in (("train", n_train, a), ("test", n_test, b)) if n is not None and n > len(x)}
+    if short:
+        raise ValueError("; ".join(f"{n} {what} images asked for, {there} there" for what, (n, there) in short.items())
+                         + f". Choose a smaller preset or override {', '.join(f'n_{what}: {there}' for what, (_, there) in short.items())}.")
+    a, la = _draw(a, la, n_train, 42)
+    b, lb = _draw(b, lb, n_test, 43)
     return ImageSet(a, la, b, lb, classes, source, mean, std)

@@ -703,7 +703,7 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     """
     started, began = time.time(), runs.commit()
     folder = Path(runs_dir) / folder_name(config)
-    say = lambda text: print(text, flush=True)
+    say = runs.say
     if (there := runs.finished_run(folder, config.to_dict(), say)) is not None:
         return there
     images = load_images(config.dataset, config.n_train, config.n_test)

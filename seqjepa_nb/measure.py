@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'AHEAD', 'in_chunks', 'show_views', 'probe_data', 'controlled',
-           'ahead_errors']
+           'ahead_errors', 'goals', 'reached', 'gap_closed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
 import torch
@@ -139,4 +139,40 @@ def ahead_errors(encode, foresee, images: Tensor, limits: Ranges, seed: int = 11
     said, truth = in_chunks(foresee, z[:, :3], poses), z[:, 3:]
     miss = lambda a, b: 1 - torch.cosine_similarity(a, b, dim=-1).mean(0)  # (steps,)
     return (miss(said, truth) / miss(truth.roll(1, 0), truth)).tolist()
+
+
+# %% ../nbs/12_measure.ipynb #e57b1dae
+def goals(mode: str) -> dict:
+    """What to reach in a mode: title -> (how to read it from a run's controlled numbers, target, whether it is to be reached from below, whether the target is a part of the reference's number)."""
+    of = lambda f, key: lambda c: c["factors"][f].get(key)
+    agg = lambda c: c.get("class_z_agg")
+    if mode == "rotation":
+        r = lambda key: of("rotation", key)
+        return {"top-2 share": (r("ev"), 0.95, True, False), "share for each anchor": (r("ev_anchor"), 0.98, True, False), "own action's error": (r("own_action_error"), 0.05, False, False),
+                "R² angle": (r("r2"), 0.98, True, True), "R² outside": (r("r2_complement"), 0.1, False, False), "R² outside, MLP": (r("r2_complement_mlp"), 0.1, False, False),
+                "class z_agg": (agg, 0.98, True, True), "class inside": (r("class_subspace"), 0.12, False, False)}
+    factors = MODES[mode]
+    return {f"{f} share": (of(f, "ev"), 0.9, True, False) for f in factors} | {f"{f} R²": (of(f, "r2"), 0.95, True, True) for f in factors} | {
+        f"{f} own action's error": (of(f, "own_action_error"), 0.05, False, False) for f in factors} | {f"{f} R² outside": (of(f, "r2_complement"), 0.1, False, False) for f in factors} | {
+        "largest overlap": (lambda c: max(c["overlap"].values(), default=None), 0.05, False, False), "class z_agg": (agg, 0.95, True, True)}
+
+
+def reached(mode: str, controlled: dict, reference: dict | None = None) -> dict:
+    """Title -> (value, target, whether it is reached) of one run's controlled numbers; None for what was not measured or, without a reference, depends on it."""
+    found = {}
+    for title, (read, target, above, relative) in goals(mode).items():
+        value, base = read(controlled), read(reference) if relative and reference else None
+        target = target if not relative else None if base is None else target * base
+        found[title] = value, target, None if value is None or target is None else value >= target if above else value <= target
+    return found
+
+
+def gap_closed(mode: str, controlled: dict, original: dict, reference: dict | None = None) -> dict:
+    """Title -> the part of the original's gap that is closed, 0 to 1; what cannot be judged is left out."""
+    found = {}
+    for title, (value, target, good) in reached(mode, controlled, reference).items():
+        start = goals(mode)[title][0](original)
+        if good is not None and (good or start is not None):
+            found[title] = 1.0 if good else min(1.0, max(0.0, (value - start) / (target - start))) if (target - start) * (target - value) > 0 else 0.0
+    return found
 

@@ -213,7 +213,7 @@ def plan(sweep: Sweep, known: list) -> list:
     for job in sweep.jobs:
         minutes, source = estimate(job, known)
         state, epochs, _ = stands(job)
-        rows.append({"run": job.folder.name, "state": state, "epochs": f"{epochs}/{job.epochs}", "left": left(job, minutes), "source": source, "command": shlex.join(job.command(sweep.threads))})
+        rows.append({"run": job.folder.name, "state": state, "epochs": f"{epochs}/{job.epochs}", "left": left(job, minutes), "source": source, "command": shlex.join(job.command(sweep.threads)).replace(f"{runs.find_root()}/", "")})
     return rows
 
 

@@ -507,7 +507,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     processes.join(torch.device(config.device).type)
     lead = processes.first()
     folder = Path(runs_dir) / folder_name(config)
-    say = lambda text: lead and print(text, flush=True)
+    say = lambda text: lead and runs.say(text)
     if (there := runs.finished_run(folder, config.to_dict(), say)) is not None:
         return there
     images, limits, learner, probes, optimisers = prepare(config)
@@ -524,7 +524,8 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     left = config.epochs - len(history)
     say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source})")
     if left:
-        say(f"training will take about {estimate_minutes(config, learner, images, limits, left):.1f} minutes, then the measurements")
+        minutes = estimate_minutes(config, learner, images, limits, left)
+        say(f"training will take {f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, then the measurements")
 
     frozen = Frozen(learner.model, images, config.device)
     log = runs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None
@@ -540,6 +541,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
                 continue
             numbers, arrays = published(config, frozen, probes, images, limits)
             history.append(row | numbers)
+            runs.write_history(folder, history)
             runs.log_history(log, history[-1], epoch + 1)
             if (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs:
                 runs.log_figures(log, draw(frozen, images, config, limits, arrays), epoch + 1)
@@ -557,6 +559,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
         processes.wait()
         return runs.read_run(folder)
 
+    say("measuring" + ("" if config.epochs else " (no training)"))
     numbers, arrays = published(config, frozen, probes, images, limits)
     found, blocks, figures = measured(config, learner, frozen, images, limits, arrays)
     for name, figure in figures.items():

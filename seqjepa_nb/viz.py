@@ -116,7 +116,7 @@ def _thin(n, limit=4000):
 def rotation_circle(deltas, angles) -> Figure:
     """Changes of z on their two principal directions, coloured by the rotation that caused them.
 
-    A clean rotation code is a thin ring with the colours in order, on the faint ideal circle; a mixed cloud means that this plane does not tell the angle.
+    A clean rotation code is thin, with the colours in order, on the faint ideal: a ring where angles go all round, else an arc; a mixed cloud means that this plane does not tell the angle.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ MOST = 8
 def sweep_traj_rot(z, angles) -> Figure:
     """Paths of z while each of a few images is turned, in their common plane and each in its own.
 
-    Left, as published: the plane that all share. Right, each image in its own, phases matched: clean codes lie on the faint circle, colours in order. The share there says little: one closed curve always lies near some plane.
+    Left, as published, in the plane that all share. Right, each in its own, phases matched: clean codes lie on the faint circle, colours in order; a grey line across it is a jump. The share there says little: a closed curve always lies near some plane.
 
     Parameters
     ----------
@@ -186,13 +186,13 @@ def sweep_traj_rot(z, angles) -> Figure:
     turn, scale = _fit(own, code - middle)
     own = own / np.maximum(scale, np.finfo(float).tiny) @ turn + middle
     ideal = _ideal("rotation", angles)
-    fig = _picture(8, 3.6)
+    fig = _picture(8, 3.8)
     left, right, key = fig.subplots(1, 3, width_ratios=[4, 4, 1.1])
     _sweeps(common.reshape(*z.shape[:2], 2), angles, "rotation", left)
-    _axes(left, f"One plane for all {len(z)} images: {shares.sum():.0%} of the variance", f"direction 1 ({shares[0]:.0%})", f"direction 2 ({shares[1]:.0%})", square=True)
+    _axes(left, f"One plane for all {len(z)} images:\n{shares.sum():.0%} of the variance", f"direction 1 ({shares[0]:.0%})", f"direction 2 ({shares[1]:.0%})", square=True)
     right.plot(*ideal.T, color=FAINT, lw=6, zorder=0, label="ideal")
     _sweeps(own, angles, "rotation", right)
-    _axes(right, f"Own planes, phases matched: {own_shares.sum(-1).mean():.0%} of the variance", "cosine of the angle", "sine of the angle", square=True)
+    _axes(right, f"Own planes, phases matched:\n{own_shares.sum(-1).mean():.0%} of the variance", "cosine of the angle", "sine of the angle", square=True)
     right.legend(frameon=False, fontsize=8, loc="upper right")
     _key(key)
     return fig
@@ -477,11 +477,11 @@ def view_strip(views, poses) -> Figure:
     views = np.asarray(views.detach().cpu() if hasattr(views, "detach") else views, dtype=float)
     views = _array(views if views.ndim == 4 else views[:, None], "views", "v", "c", "h", "w")
     poses = _array(poses, "poses", len(views), 4)
-    fig = _picture(8, 0.7 + 7.6 / max(4, len(views)))
+    fig = _picture(8, 0.9 + 7.6 / max(4, len(views)))
     for ax, view, (angle, x, y, scale) in zip(fig.subplots(1, len(views), squeeze=False)[0], views, poses):
         ax.imshow(np.clip(np.moveaxis(view, 0, -1), 0, 1).squeeze(), cmap="gray_r", vmin=0, vmax=1)
         ax.set(xticks=[], yticks=[])
-        ax.set_xlabel(f"{round(math.degrees(angle))}°\n({round(x)}, {round(y)}) px\n×{math.exp(scale):.2f}", fontsize=8)
+        ax.set_xlabel(f"{round(math.degrees(angle))}°\n→ {round(x)} px\n↓ {round(y)} px\n×{math.exp(scale):.2f}", fontsize=8)
     return fig
 
 # %% ../nbs/06_viz.ipynb #a91c0e12

@@ -75,7 +75,7 @@ def test_the_notebook_refuses_values_before_any_work(tmp_path, calm, parameters,
 
 def test_unknown_values_name_the_valid_ones():
     from seqjepa_nb.lie import make_config
-    for options, words in (({"variant": "best"}, "lie, lie_exemplars"), ({"preset": "huge"}, "quick"), ({"seed": "one"}, "seed is a int"), ({"device": "cuda:99"}, "is not there"), ({"overrides": {"lrr": 1}}, "unknown names lrr")):
+    for options, words in (({"variant": "best"}, "lie, lie_exemplars"), ({"preset": "huge"}, "quick"), ({"seed": "one"}, "seed is a whole number"), ({"device": "cuda:99"}, "is not there"), ({"overrides": {"lrr": 1}}, "unknown names lrr")):
         with pytest.raises(ValueError, match=words):
             make_config(**options)
 

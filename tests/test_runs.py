@@ -149,7 +149,7 @@ def test_read_runs_on_a_mixture(tmp_path):
     assert table["run.variant"].tolist() == ["lie", "original", "original", "original"]
     shown = runs.show(runs.table(found, {"published.r2": "R2", "controlled.class_z": "class", "never.measured": "x", "lie.restarts": "restarts"}))
     assert shown["R2"].tolist() == ["0.500", "0.250", "not measured", "0.750"]
-    assert set(shown["class"]) == set(shown["x"]) == {"not measured"} and shown["restarts"].iloc[0] == "[11.3, 4.6]"
+    assert set(shown["class"]) == set(shown["x"]) == {"not measured"} and shown["restarts"].iloc[0] == "11.3, 4.600"
 
 
 @pytest.mark.parametrize("name, content", [("metrics.json", '{"published": {"r2"'), ("metrics.json", ""), ("metrics.json", "[1]"), ("config.json", "\0\0"),

@@ -1,5 +1,6 @@
 """Whole runs: killed, interrupted, out of disk, refused, offline."""
 import csv
+import dataclasses
 import json
 import os
 import resource
@@ -124,7 +125,7 @@ def test_papermill_runs_each_mode(tmp_path, calm, mode):
     (["-p", "modes", "rotation"], "unknown parameter modes. Valid: dataset, device, mode"),
     (["-p", "variant", "best"], "original"),
     (["-p", "preset", "huge"], "quick"),
-    (["-p", "seed", "one"], "seed is a int"),
+    (["-p", "seed", "one"], "seed is a whole number"),
     (["-p", "device", "cuda:99"], "is not there"),
     (["-p", "dataset", "/no/such/folder"], "is not a folder"),
     (["-p", "wandb_mode", "sometimes"], "disabled"),
@@ -141,6 +142,10 @@ def test_help_explains_every_parameter():
     found = inspect_notebook(str(ROOT / "nbs" / "20_train.ipynb"))
     assert set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "wandb_mode", "overrides"}
     assert all(p["help"] for p in found.values())
+    from seqjepa_nb import train
+    listed = lambda name: found[name]["help"].split(": ")[-1]
+    assert listed("variant").split(" | ") == list(train.VARIANTS) and listed("mode").split(" | ") == list(train.MODES)
+    assert set(listed("overrides").split(", ")) == {f.name for f in dataclasses.fields(train.Config)} - set(found)
 
 
 def test_without_a_network_the_digits_come_from_the_wheel(tmp_path, calm):
