@@ -541,12 +541,12 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
                 continue
             numbers, arrays = published(config, frozen, probes, images, limits)
             history.append(row | numbers)
-            runs.write_history(folder, history)
             runs.log_history(log, history[-1], epoch + 1)
             if (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs:
                 runs.log_figures(log, draw(frozen, images, config, limits, arrays), epoch + 1)
             runs.save_state(state_file, pack(learner, probes, optimisers),
                             {"history": history, "train_s": spent, "wandb_id": log.id})
+            runs.write_history(folder, history)
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
     except KeyboardInterrupt:
         say(f"\ninterrupted: {len(history)} of {config.epochs} epochs are kept in {folder}. The same command goes on from there.")
