@@ -41,7 +41,7 @@ def heading(name, config, notebook):
     asked = " ".join(f"-p {k} {config[k]}" for k in ("mode", "variant", "preset", "dataset", "seed"))
     more = ' -y "{overrides: ' + json.dumps(changed).replace('"', "") + '}"' if changed else ""
     told = " The baseline gets **no action labels**, while seq-JEPA is given the relative actions." if "lie" in config["variant"] else ""
-    return f"# {about}\n\n> `{name}`, made by `papermill nbs/{notebook} out.ipynb {asked}{more}`\n\nA published run, shown as it ran. What the numbers mean: [one protocol for every model](../../../nbs/12_measure.ipynb).{told}"
+    return f"# {about}\n\n> `{name}`, made by `papermill nbs/{notebook} out.ipynb {asked}{more}`\n\nA published run, shown as it ran. What the numbers mean: [one protocol for every model](../../nbs/12_measure.ipynb).{told}"
 
 
 def list_chapter(name, page):
