@@ -409,7 +409,7 @@ def show(table: pd.DataFrame) -> pd.DataFrame:
             return "not measured"
         if isinstance(value, (int, np.integer)) or abs(value) >= 10 and value == int(value):
             return f"{value:.0f}"
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+        return f"{value:z.3f}" if abs(value) < 10 else f"{value:.1f}"
     return table.map(text)
 
 # %% ../nbs/07_runs.ipynb #95ffa5ed
@@ -431,7 +431,7 @@ def over_seeds(runs: list, columns: dict) -> pd.DataFrame:
     def text(values):
         known, places = values.dropna(), 1 if abs(values.mean()) >= 10 else 2
         spread = f" ± {known.std():.{places}f}" if len(known) > 1 else ""
-        return f"{known.mean():.{places}f}{spread}" if len(known) else "not measured"
+        return f"{known.mean():z.{places}f}{spread}" if len(known) else "not measured"
     if not runs:
         return pd.DataFrame(columns=list(columns.values()))
     keys = [[r.config[k] for r in runs] for k in ("variant", "preset")]
