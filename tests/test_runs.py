@@ -212,6 +212,9 @@ def test_wandb_offline_log_reads_back(tmp_path, no_wandb_settings, capfd):
     again = runs.start_wandb(CONFIG, folder, run_id=log.id)
     runs.log_history(again, {"epoch": 4, "loss": -5.5, "r2": 1.0}, 4)
     again.finish()
+    given_up = time.monotonic() + 30  # W&B's own process writes the file, now and then behind finish()
+    while 4 not in history_of(folder)[0] and time.monotonic() < given_up:
+        time.sleep(0.1)
 
     rows, ids = history_of(folder)
     assert ids == {log.id}, "a run that goes on keeps its id"
