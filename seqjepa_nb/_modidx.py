@@ -180,6 +180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.rate.sigreg_penalty': ('rate.html#sigreg_penalty', 'seqjepa_nb/rate.py'),
                                  'seqjepa_nb.rate.vicreg_penalty': ('rate.html#vicreg_penalty', 'seqjepa_nb/rate.py')},
             'seqjepa_nb.runs': { 'seqjepa_nb.runs.Run': ('runs.html#run', 'seqjepa_nb/runs.py'),
+                                 'seqjepa_nb.runs.Run.changes': ('runs.html#run.changes', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.finished': ('runs.html#run.finished', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.name': ('runs.html#run.name', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.overridden': ('runs.html#run.overridden', 'seqjepa_nb/runs.py'),

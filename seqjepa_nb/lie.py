@@ -703,8 +703,7 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     """
     started, began = time.time(), runs.commit()
     folder = Path(runs_dir) / folder_name(config)
-    say = runs.say
-    if (there := runs.finished_run(folder, config.to_dict(), say)) is not None:
+    if (there := runs.finished_run(folder, config.to_dict(), runs.say)) is not None:
         return there
     images = load_images(config.dataset, config.n_train, config.n_test)
     limits = pose_ranges(config.mode, images.source)
@@ -717,13 +716,13 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     runs.write_json(folder / "config.json", config.to_dict())
     state = folder / "state.safetensors"
     if state.exists():
-        say(f"{folder.name}: going on after epoch {len(runs.load_state(state)[1]['history'])}")
-    say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
+        runs.say(f"{folder.name}: going on after epoch {len(runs.load_state(state)[1]['history'])}")
+    runs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
     try:
         model.fit(views, checkpoint=state)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            say(f"\ninterrupted: the finished epochs are kept in {folder}. The same command goes on from there.")
+            runs.say(f"\ninterrupted: the finished epochs are kept in {folder}. The same command goes on from there.")
         log.finish(exit_code=1)
         raise
     for row in model.history_:

@@ -315,8 +315,13 @@ class Run:
 
     @property
     def overridden(self) -> bool:
-        """Whether it was given other values than its variant and preset have; its folder's name then says which."""
-        return self.name != run_name(self.config)
+        """Whether it was given other values than its variant and preset have."""
+        return bool(self.changes)
+
+    @property
+    def changes(self) -> str:
+        """Those values, as the end of the folder's name says them."""
+        return self.name.removeprefix(run_name(self.config)).strip("-").replace("-", ", ")
 
 
 def _read(path, read, default):
