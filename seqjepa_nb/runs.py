@@ -6,8 +6,9 @@
 __all__ = ['KINDS', 'IDENTITY', 'WANDB_MODES', 'find_root', 'published_root', 'run_name', 'resolve_device', 'check_choices',
            'request', 'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json', 'small_png',
            'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb',
-           'environment', 'Run', 'read_run', 'finished_run', 'read_runs', 'flatten', 'table', 'show', 'over_seeds',
-           'commands', 'start_wandb', 'log_history', 'log_figures', 'Terminal', 'terminal', 'say', 'progress']
+           'environment', 'Run', 'read_run', 'finished_run', 'read_runs', 'flatten', 'table', 'show', 'mean_sd',
+           'over_seeds', 'commands', 'start_wandb', 'log_history', 'log_figures', 'Terminal', 'terminal', 'say',
+           'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -418,6 +419,13 @@ def show(table: pd.DataFrame) -> pd.DataFrame:
     return table.map(text)
 
 # %% ../nbs/07_runs.ipynb #95ffa5ed
+def mean_sd(values, form: str = "{:z.2f}") -> str:
+    """The mean over seeds as text, with ± the standard deviation where there are several; "not measured" where there is none."""
+    known = pd.Series(values, dtype=float).dropna()
+    spread = f" ± {form.format(known.std())}" if len(known) > 1 else ""
+    return form.format(known.mean()) + spread if len(known) else "not measured"
+
+
 def over_seeds(runs: list, columns: dict) -> pd.DataFrame:
     """Numbers of runs as text, a row a variant and preset in the order of `runs`.
 
@@ -431,12 +439,9 @@ def over_seeds(runs: list, columns: dict) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        The mean over seeds, with ± the standard deviation where there are several; "not measured" where there is none.
+        What `mean_sd` says of each.
     """
-    def text(values):
-        known, places = values.dropna(), 1 if abs(values.mean()) >= 10 else 2
-        spread = f" ± {known.std():.{places}f}" if len(known) > 1 else ""
-        return f"{known.mean():z.{places}f}{spread}" if len(known) else "not measured"
+    text = lambda values: mean_sd(values, "{:z.1f}" if abs(values.mean()) >= 10 else "{:z.2f}")
     if not runs:
         return pd.DataFrame(columns=list(columns.values()))
     keys = [[r.config[k] for r in runs] for k in ("variant", "preset")]
