@@ -155,10 +155,10 @@ def epoch_generator(config: Config, epoch: int) -> torch.Generator:
 
 
 def draw_poses(config: Config, n: int, limits, generator: torch.Generator) -> Tensor:
-    """Poses (n, v, 4) of n sequences; of the arm without action labels, rotations that go on steadily from view to view."""
+    """Poses (n, v, 4) of n sequences; of the arm without action labels, rotations that go on steadily from view to view, by half the range at most."""
     poses = sample_poses(n, config.views, limits, generator, config.integer)
     if config.group == "inferred":
-        poses[..., 0] = wrap(poses[:, 1:2, 0] * torch.arange(config.views, device=poses.device))
+        poses[..., 0] = wrap(poses[:, 1:2, 0] / 2 * torch.arange(config.views, device=poses.device))
     return poses
 
 
