@@ -192,6 +192,8 @@ class SeqJEPA(nn.Module):
         If given, z gets pose coordinates for these factors beside its content; see `torus.GroupHead`.
     planes : int
         Planes that rotation gets then.
+    content_norm : float
+        The content's length beside them.
     action_dim, action_embed : int
         Numbers in an action, and what they are embedded in.
     aggregator, predictor : str
@@ -199,7 +201,7 @@ class SeqJEPA(nn.Module):
     """
 
     def __init__(self, width: int = 64, target: str = "ema", decay: float = 0.996, encoder: str = "resnet", factors=(),
-                 planes: int = 1, action_dim: int = 5, action_embed: int = 64, aggregator: str = "transformer", predictor: str = "mlp"):
+                 planes: int = 1, content_norm: float = 1.0, action_dim: int = 5, action_embed: int = 64, aggregator: str = "transformer", predictor: str = "mlp"):
         super().__init__()
         if target not in ("ema", "stop"):
             raise ValueError(f"target is 'ema' or 'stop', not {target!r}")
@@ -216,9 +218,9 @@ class SeqJEPA(nn.Module):
         if not factors:
             self.encoder = ENCODERS[encoder](width)
         elif encoder == "lifted" and list(factors) == ["rotation"] and planes == 1:
-            self.encoder = nn.Sequential(LiftedEncoder(width, self.dim), LiftedHead(self.dim, self.dim))
+            self.encoder = nn.Sequential(LiftedEncoder(width, self.dim), LiftedHead(self.dim, self.dim, content_norm))
         else:
-            self.encoder = nn.Sequential(ENCODERS[encoder](width), GroupHead(self.dim, factors, planes))
+            self.encoder = nn.Sequential(ENCODERS[encoder](width), GroupHead(self.dim, factors, planes, content_norm))
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False) if target == "ema" else None
         self.action = nn.Sequential(nn.Linear(action_dim, action_embed, bias=False), nn.BatchNorm1d(action_embed, affine=False))
         self.aggregator = Aggregator(self.agg_dim, kind=aggregator)

@@ -24,7 +24,7 @@ def pose_dims(factors, planes: int = 1) -> int:
 
 
 class GroupHead(nn.Module):
-    """A linear map and the latent's structure: (n, d) -> [unit circle or sphere | lines | unit-length content], (n, d) in float32.
+    """A linear map and the latent's structure: (n, d) -> [unit circle or sphere | lines | content of one length], (n, d) in float32.
 
     Parameters
     ----------
@@ -34,10 +34,13 @@ class GroupHead(nn.Module):
         What varies, in the order of `affine.FACTORS`.
     planes : int
         How many planes rotation gets; their coordinates together have unit length.
+    content_norm : float
+        The content's length.
     """
 
-    def __init__(self, dim: int, factors, planes: int = 1):
+    def __init__(self, dim: int, factors, planes: int = 1, content_norm: float = 1.0):
         super().__init__()
+        self.content_norm = content_norm
         self.linear, self.circle, self.pose = nn.Linear(dim, dim), 2 * planes * ("rotation" in factors), pose_dims(factors, planes)
         if dim <= self.pose:
             raise ValueError(f"{dim} dimensions leave no content beside {self.pose} of pose")
@@ -46,14 +49,15 @@ class GroupHead(nn.Module):
         """See the class."""
         h = self.linear(features).float()
         circle, lines, content = h.split([self.circle, self.pose - self.circle, h.shape[1] - self.pose], 1)
-        return torch.cat([F.normalize(circle, dim=1), lines, F.normalize(content, dim=1)], 1)
+        return torch.cat([F.normalize(circle, dim=1), lines, self.content_norm * F.normalize(content, dim=1)], 1)
 
 # %% ../nbs/10_torus.ipynb #bec7d246
 class LiftedHead(nn.Module):
-    """Eight blocks of features in the order of turns, (n, 8 * m), to [unit circle | unit-length content], (n, d) in float32."""
+    """Eight blocks of features in the order of turns, (n, 8 * m), to [unit circle | content of one length], (n, d) in float32."""
 
-    def __init__(self, m: int, dim: int):
+    def __init__(self, m: int, dim: int, content_norm: float = 1.0):
         super().__init__()
+        self.content_norm = content_norm
         self.content, self.weight, self.pose = nn.Linear(m, dim - 2), nn.Linear(m, 1), 2
 
     def forward(self, features: Tensor) -> Tensor:
@@ -61,7 +65,7 @@ class LiftedHead(nn.Module):
         blocks = features.float().unflatten(1, (8, -1))  # (n, 8, m)
         around = torch.arange(8, device=features.device) * (math.pi / 4)
         pose = torch.stack([around.cos(), around.sin()], -1).T @ self.weight(blocks)  # (n, 2, 1)
-        return torch.cat([F.normalize(pose[..., 0], dim=1), F.normalize(self.content(blocks.mean(1)), dim=1)], 1)
+        return torch.cat([F.normalize(pose[..., 0], dim=1), self.content_norm * F.normalize(self.content(blocks.mean(1)), dim=1)], 1)
 
 # %% ../nbs/10_torus.ipynb #5a8fa8c0
 def act(pose: Tensor, action: Tensor, factors) -> Tensor:

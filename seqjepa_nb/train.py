@@ -69,6 +69,7 @@ class Config:
     phase_weight: float = 1.0
     stay_weight: float = 4.0
     content_rate_weight: float = 0.01
+    content_norm: float = 1.0
     integer: bool = True
     subspace_frequency: int = 5
 
@@ -134,7 +135,7 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
         If a name or value is unknown; the message lists the valid ones.
     """
     asked = runs.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1}
+    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01}
     values = runs.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least)
     place = resolve_device(asked["device"])
     if values["precision"] == "auto":
@@ -173,7 +174,7 @@ class Learner(nn.Module):
     def __init__(self, config: Config, classes: int):
         super().__init__()
         self.model = SeqJEPA(config.width, config.target, config.decay, encoder=config.encoder,
-                             factors=MODES[config.mode] if config.group != "none" else (), planes=config.planes, aggregator=config.aggregator, predictor=config.predictor)
+                             factors=MODES[config.mode] if config.group != "none" else (), planes=config.planes, content_norm=config.content_norm, aggregator=config.aggregator, predictor=config.predictor)
         if config.rate_on == "projector":
             d = self.model.agg_dim
             self.projector = nn.Sequential(nn.Linear(d, 2 * d, bias=False), nn.BatchNorm1d(2 * d), nn.ReLU(inplace=True), nn.Linear(2 * d, 128))
