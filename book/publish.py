@@ -18,7 +18,10 @@ LIMIT, FIGURE = 1_000_000, 150_000
 
 def executed(path):
     """(run's name, cleaned notebook) of an executed 20_train or 21_lie_baseline notebook."""
-    notebook = json.loads(path.read_text())
+    try:
+        notebook = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path} cannot be read as a notebook ({error}). Is its run still going?")
     if notebook["metadata"].get("papermill", {}).get("exception"):
         sys.exit(f"{path} did not finish")
     text = json.dumps(notebook)
