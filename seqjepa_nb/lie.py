@@ -207,7 +207,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     restarts, restart_epochs : int
         How many draws of templates, and passes with each.
     epochs : int
-        Passes over the data with the best of them.
+        Passes over the data with the best of them; what is kept is the restart or the epoch with the lowest objective on the first 1 000 images.
     jitter : float
         How much the order of the principal components, where the planes begin, is shuffled.
     seed : int
@@ -374,11 +374,13 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
                 if phase == "best" and epoch == 0:
                     self.planes_, self.templates_, self._sums = kept["planes"].clone(), kept["templates"].clone(), {}
                 row = self._pass(rows, self.seed * 100_003 + i, bar.update, near if phase == "pairs" else None)
-                if phase == "restart" and epoch == self.restart_epochs - 1:
+                if phase == "best" or phase == "restart" and epoch == self.restart_epochs - 1:
                     found = self.evaluate(x[:1000])
-                    if all(found["objective"] < r["objective"] for r in self.restarts_):
-                        kept |= {"planes": self.planes_.clone(), "templates": self.templates_.clone()}
-                    self.restarts_.append({"restart": restart} | found)
+                    least = self.planes_.new_tensor(found["objective"])
+                    if "least" not in kept or least < kept["least"]:
+                        kept |= {"planes": self.planes_.clone(), "templates": self.templates_.clone(), "least": least}
+                    if phase == "restart":
+                        self.restarts_.append({"restart": restart} | found)
                 self.train_s_ += time.perf_counter() - clock
                 self.history_.append({"epoch": i + 1, "phase": phase, "restart": restart} | row)
                 bar.set_postfix(snr=f"{row['snr']:.2f}", refresh=False)
@@ -386,8 +388,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
                     self._keep(checkpoint, kept)
         finally:
             bar.close()
-        if not self.epochs:
-            self.planes_, self.templates_ = kept["planes"], kept["templates"]
+        self.planes_, self.templates_ = kept["planes"], kept["templates"]
         return self
 
     def _keep(self, path, kept):
