@@ -226,8 +226,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     __metadata_request__fit = {"checkpoint": UNUSED}
     __metadata_request__inverse_transform = {"code": UNUSED}
 
-    def __init__(self, templates=10, torus=2, planes=128, multiplicity=1, reach=None, grid=50, sigma=0.1, sparsity=10.0, steps=5, start=0.01, batch=200, memory=0.9,
-                 neighbours=25, pair_epochs=30, restarts=5, restart_epochs=8, epochs=15, jitter=0.1, seed=0, device="auto", dtype="float32", verbose=True):
+    def __init__(self, templates=10, torus=2, planes=128, multiplicity=1, reach=None, grid=50, sigma=0.1, sparsity=10.0, steps=10, start=0.01, batch=200, memory=0.75,
+                 neighbours=25, pair_epochs=30, restarts=5, restart_epochs=5, epochs=20, jitter=0.1, seed=0, device="auto", dtype="float32", verbose=True):
         self.templates, self.torus, self.planes, self.multiplicity, self.reach, self.grid = templates, torus, planes, multiplicity, reach, grid
         self.sigma, self.sparsity, self.steps, self.start, self.batch, self.memory = sigma, sparsity, steps, start, batch, memory
         self.neighbours, self.pair_epochs, self.restarts, self.restart_epochs, self.epochs, self.jitter = neighbours, pair_epochs, restarts, restart_epochs, epochs, jitter
@@ -506,12 +506,12 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
 # %% ../nbs/09_lie.ipynb #73ef441f
 PRESETS = {
-    "quick": dict(n_train=2_000, n_test=500, n_exemplar=2_000, poses=1, restarts=5, restart_epochs=6, epochs=10),
+    "quick": dict(n_train=2_000, n_test=500, n_exemplar=2_000, poses=1, epochs=10),
     "small": dict(n_train=4_000, n_test=1_000, n_exemplar=6_000, poses=2),
-    "base": dict(n_train=10_000, n_test=2_000, n_exemplar=10_000, poses=1, epochs=40),
+    "base": dict(n_train=10_000, n_test=2_000, n_exemplar=10_000, poses=1),
 }
-"""Sizes of a run; `quick` and `small` take some two and four minutes on one idle CPU core, `base` some eight, the measurements included."""
-PLANE = dict(torus=2, multiplicity=1, grid=32)
+"""Sizes of a run; `quick` and `small` take some three and five minutes on one idle CPU core, `base` some eight, the measurements included."""
+PLANE = dict(torus=2, multiplicity=1, grid=40)
 SETTINGS = {"translation": PLANE, "rotation_scale": PLANE, "untransformed": PLANE | dict(multiplicity=2), "rotation": dict(torus=1, multiplicity=6, grid=64),
             "scale": dict(torus=1, multiplicity=6, grid=64), "multi": dict(torus=3, multiplicity=1, grid=14)}
 """The torus of each mode."""
@@ -540,14 +540,14 @@ class Config:
     grid: int = 40
     sigma: float = 0.1
     sparsity: float = 10.0
-    steps: int = 5
+    steps: int = 10
     batch: int = 200
-    memory: float = 0.9
+    memory: float = 0.75
     neighbours: int = 25
     pair_epochs: int = 30
     restarts: int = 5
-    restart_epochs: int = 8
-    epochs: int = 15
+    restart_epochs: int = 5
+    epochs: int = 20
     jitter: float = 0.1
 
     def to_dict(self) -> dict:
