@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'AHEAD', 'in_chunks', 'show_views', 'probe_data', 'controlled',
-           'ahead_errors', 'goals', 'reached', 'gap_closed']
+           'ahead_errors', 'Goal', 'goals', 'reached', 'gap_closed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -142,19 +145,27 @@ def ahead_errors(encode, foresee, images: Tensor, limits: Ranges, seed: int = 11
 
 
 # %% ../nbs/12_measure.ipynb #e57b1dae
+class Goal(NamedTuple):
+    """What a number is to reach: how to `read` it from a run's controlled numbers, its `target`, whether `above` is good, and whether the target is a part of the reference's number (`relative`)."""
+    read: Callable
+    target: float
+    above: bool
+    relative: bool = False
+
+
 def goals(mode: str) -> dict:
-    """What to reach in a mode: title -> (how to read it from a run's controlled numbers, target, whether it is to be reached from below, whether the target is a part of the reference's number)."""
+    """What to reach in a mode: title -> `Goal`."""
     of = lambda f, key: lambda c: c["factors"][f].get(key)
     agg = lambda c: c.get("class_z_agg")
     if mode == "rotation":
         r = lambda key: of("rotation", key)
-        return {"top-2 share": (r("ev"), 0.95, True, False), "share for each anchor": (r("ev_anchor"), 0.98, True, False), "own action's error": (r("own_action_error"), 0.05, False, False),
-                "R² angle": (r("r2"), 0.98, True, True), "R² outside": (r("r2_complement"), 0.1, False, False), "R² outside, MLP": (r("r2_complement_mlp"), 0.1, False, False),
-                "class z_agg": (agg, 0.98, True, True), "class inside": (r("class_subspace"), 0.12, False, False)}
+        return {"top-2 share": Goal(r("ev"), 0.95, True), "share for each anchor": Goal(r("ev_anchor"), 0.98, True), "own action's error": Goal(r("own_action_error"), 0.05, False),
+                "R² angle": Goal(r("r2"), 0.98, True, True), "R² outside": Goal(r("r2_complement"), 0.1, False), "R² outside, MLP": Goal(r("r2_complement_mlp"), 0.1, False),
+                "class z_agg": Goal(agg, 0.98, True, True), "class inside": Goal(r("class_subspace"), 0.12, False)}
     factors = MODES[mode]
-    return {f"{f} share": (of(f, "ev"), 0.9, True, False) for f in factors} | {f"{f} R²": (of(f, "r2"), 0.95, True, True) for f in factors} | {
-        f"{f} own action's error": (of(f, "own_action_error"), 0.05, False, False) for f in factors} | {f"{f} R² outside": (of(f, "r2_complement"), 0.1, False, False) for f in factors} | {
-        "largest overlap": (lambda c: max(c["overlap"].values(), default=None), 0.05, False, False), "class z_agg": (agg, 0.95, True, True)}
+    return {f"{f} share": Goal(of(f, "ev"), 0.9, True) for f in factors} | {f"{f} R²": Goal(of(f, "r2"), 0.95, True, True) for f in factors} | {
+        f"{f} own action's error": Goal(of(f, "own_action_error"), 0.05, False) for f in factors} | {f"{f} R² outside": Goal(of(f, "r2_complement"), 0.1, False) for f in factors} | {
+        "largest overlap": Goal(lambda c: max(c["overlap"].values(), default=None), 0.05, False), "class z_agg": Goal(agg, 0.95, True, True)}
 
 
 def reached(mode: str, controlled: dict, reference: dict | None = None) -> dict:
@@ -171,7 +182,7 @@ def gap_closed(mode: str, controlled: dict, original: dict, reference: dict | No
     """Title -> the part of the original's gap that is closed, 0 to 1; what cannot be judged is left out."""
     found = {}
     for title, (value, target, good) in reached(mode, controlled, reference).items():
-        start = goals(mode)[title][0](original)
+        start = goals(mode)[title].read(original)
         if good is not None and (good or start is not None):
             found[title] = 1.0 if good else min(1.0, max(0.0, (value - start) / (target - start))) if (target - start) * (target - value) > 0 else 0.0
     return found
