@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'AHEAD', 'in_chunks', 'show_views', 'probe_data', 'controlled',
-           'ahead_errors', 'Goal', 'goals', 'reached', 'gap_closed']
+           'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
 from collections.abc import Callable
@@ -145,6 +145,14 @@ def ahead_errors(encode, foresee, images: Tensor, limits: Ranges, seed: int = 11
 
 
 # %% ../nbs/12_measure.ipynb #e57b1dae
+def columns(mode: str) -> dict:
+    """The controlled numbers that a table of a mode shows: dotted names in `metrics.json` -> titles."""
+    share = {f"controlled.factors.{f}.ev": ("top-2 share" if f == "rotation" else f"{f} share") for f in MODES[mode]}
+    read = {f"controlled.factors.{f}.r2": f"R² {f}" for f in MODES[mode]}
+    outside = {f"controlled.factors.{f}.r2_complement": f"R² {f} outside" for f in MODES[mode]} if mode == "rotation" else {}
+    return share | read | outside | {"controlled.class_z": "class z", "controlled.class_z_agg": "class z_agg"}
+
+
 class Goal(NamedTuple):
     """What a number is to reach: how to `read` it from a run's controlled numbers, its `target`, whether `above` is good, and whether the target is a part of the reference's number (`relative`)."""
     read: Callable
