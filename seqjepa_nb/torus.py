@@ -156,8 +156,8 @@ def generator_loss(generator: Generator, pose: Tensor, turns: Tensor) -> Tensor:
 
 # %% ../nbs/10_torus.ipynb #fc4a6231
 def steady_loss(pose: Tensor) -> Tensor:
-    """The loss above for codes (b, v, 2) on the unit circle of v >= 3 steadily moving views: 0 is steady, 1 no rule."""
+    """The loss above for codes (b, v, 2) on the unit circle of v >= 3 steadily moving views: 0 is steady, 1 no rule or no motion."""
     p = torch.view_as_complex(pose.contiguous())  # (b, v)
     turn = p[:, 1:] * p[:, :-1].conj()  # (b, v-1)
     missed, moved = turn[:, :-1] * p[:, 1:-1] - p[:, 2:], p[:, 1:] - p[:, :-1]
-    return missed.abs().square().mean() / moved.abs().square().mean().clamp_min(1e-3)
+    return (missed.abs().square().mean() + 1e-4) / (moved.abs().square().mean() + 1e-4)

@@ -156,10 +156,10 @@ def epoch_generator(config: Config, epoch: int) -> torch.Generator:
 
 
 def draw_poses(config: Config, n: int, limits, generator: torch.Generator) -> Tensor:
-    """Poses (n, v, 4) of n sequences; of the arm without action labels, rotations that go on steadily from view to view, by half the range at most."""
+    """Poses (n, v, 4) of n sequences, from the identity; of the arm without action labels, rotations that begin anywhere and go on steadily from view to view, by half the range at most."""
     poses = sample_poses(n, config.views, limits, generator, config.integer)
     if config.group == "inferred":
-        poses[..., 0] = wrap(poses[:, 1:2, 0] / 2 * torch.arange(config.views, device=poses.device))
+        poses[..., 0] = wrap(poses[:, 2:3, 0] + poses[:, 1:2, 0] / 2 * torch.arange(config.views, device=poses.device))
     return poses
 
 
@@ -173,6 +173,7 @@ class Learner(nn.Module):
 
     def __init__(self, config: Config, classes: int):
         super().__init__()
+        self.told = config.group != "inferred"  # else no gradient of what reads actions reaches the pose codes
         self.model = SeqJEPA(config.width, config.target, config.decay, encoder=config.encoder,
                              factors=MODES[config.mode] if config.group != "none" else (), planes=config.planes, content_norm=config.content_norm, aggregator=config.aggregator, predictor=config.predictor)
         if config.rate_on == "projector":
@@ -187,7 +188,9 @@ class Learner(nn.Module):
     def forward(self, views: Tensor, actions: Tensor):
         """See `SeqJEPA.forward`; of several processes each gives its part of the views, and all actions."""
         z, target = self.model.encode(views[:, :-1]), self.model.look_ahead(views[:, -1])  # (b, v-1, d), (b, d)
-        return self.model.foresee(processes.gather(z), processes.gather(target), actions)
+        z, p = processes.gather(z), self.model.pose_dim
+        seen = z if self.told else torch.cat([z[..., :p].detach(), z[..., p:]], -1)
+        return self.model.foresee(seen, processes.gather(target), actions)._replace(z=z)
 
 
 RATES = {"published": coding_rate, "normalised": normalised_rate, "vicreg": lambda z: -vicreg_penalty(z), "sigreg": lambda z: -sigreg_penalty(z),
