@@ -187,11 +187,19 @@ def reached(mode: str, controlled: dict, reference: dict | None = None) -> dict:
 
 
 def gap_closed(mode: str, controlled: dict, original: dict, reference: dict | None = None) -> dict:
-    """Title -> the part of the original's gap that is closed, 0 to 1; what cannot be judged is left out."""
+    """Title -> the part of the original's gap that is closed, 0 to 1; what cannot be judged is left out.
+
+    What is outside the subspace counts at most as much as what is read at all: an angle that is found nowhere is not found outside either.
+    """
     found = {}
     for title, (value, target, good) in reached(mode, controlled, reference).items():
         start = goals(mode)[title].read(original)
-        if good is not None and (good or start is not None):
+        if good is not None and start is not None:
             found[title] = 1.0 if good else min(1.0, max(0.0, (value - start) / (target - start))) if (target - start) * (target - value) > 0 else 0.0
+    for title in [t for t in found if " outside" in t]:
+        read = "R² angle" if mode == "rotation" else title.removesuffix(" outside")
+        outside = found.pop(title)
+        if read in found:
+            found[title] = min(outside, found[read])
     return found
 
