@@ -73,7 +73,7 @@ def test_every_notebook_run_and_module_has_a_chapter():
 
 
 NUMBER = re.compile(r"(?<![\w.,/-])[-−]?\d+\.\d+(?![\w./])")
-SETTING = {"3.11", "3.12", "0.996", "0.1307", "0.3081"}  # decay of the moving average; mean and deviation of MNIST
+SETTING = {"3.11", "3.12", "0.996", "0.1307", "0.3081"}  # versions of Python; decay of the moving average; mean and deviation of MNIST
 
 
 def leaves(value):
