@@ -208,6 +208,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.runs.log_figures': ('runs.html#log_figures', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.log_history': ('runs.html#log_history', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.mean_sd': ('runs.html#mean_sd', 'seqjepa_nb/runs.py'),
+                                 'seqjepa_nb.runs.mean_tree': ('runs.html#mean_tree', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.over_seeds': ('runs.html#over_seeds', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.peak_mb': ('runs.html#peak_mb', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.plain': ('runs.html#plain', 'seqjepa_nb/runs.py'),

@@ -7,8 +7,8 @@ __all__ = ['KINDS', 'IDENTITY', 'SIZES', 'WANDB_MODES', 'find_root', 'published_
            'check_choices', 'request', 'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json',
            'small_png', 'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb',
            'environment', 'Run', 'read_run', 'finished_run', 'read_runs', 'select', 'flatten', 'table', 'show',
-           'mean_sd', 'over_seeds', 'commands', 'start_wandb', 'log_history', 'log_figures', 'Terminal', 'terminal',
-           'say', 'progress']
+           'mean_sd', 'mean_tree', 'over_seeds', 'commands', 'start_wandb', 'log_history', 'log_figures', 'Terminal',
+           'terminal', 'say', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -432,6 +432,18 @@ def mean_sd(values, form: str = "{:z.2f}") -> str:
     known = pd.Series(values, dtype=float).dropna()
     spread = f" ± {form.format(known.std())}" if len(known) > 1 else ""
     return form.format(known.mean()) + spread if len(known) else "not measured"
+
+
+def mean_tree(trees: list) -> dict:
+    """Nested dictionaries as one of the same nesting: a number is the mean over all; what is no number in each of them is left out."""
+    found = {}
+    for key in dict.fromkeys(k for t in trees for k in t):
+        values = [t.get(key) for t in trees]
+        if all(isinstance(v, dict) for v in values):
+            found[key] = mean_tree(values)
+        elif all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+            found[key] = sum(values) / len(values)
+    return found
 
 
 def over_seeds(runs: list, columns: dict) -> pd.DataFrame:
