@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from seqjepa_nb import runs
+from seqjepa_nb.train import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT, FIGURE = 1_000_000, 150_000
@@ -40,7 +41,8 @@ def executed(path):
 def heading(name, config, notebook):
     """A run's chapter in words: what it is, the folder's name, and the command that makes it again."""
     changed = {k: v for k, v in config.items() if f"-{k}{v}" in name.removeprefix(runs.run_name(config))}
-    about = f"{config['mode'].capitalize().replace('_', ' and ')}, {config['variant'].replace('_', ' ')}" + "".join(f", {k} {v}" for k, v in changed.items()) + ("" if config["dataset"] == "mnist" else f", {config['dataset']}")
+    titles = TITLES | {"lie": "Lie-group baseline", "lie_exemplars": "Lie-group baseline, one digit a class"}
+    about = f"{config['mode'].capitalize().replace('_', ' and ')}: {titles[config['variant']]}" + "".join(f", {k} {v}" for k, v in changed.items()) + ("" if config["dataset"] == "mnist" else f", {config['dataset']}")
     asked = " ".join(f"-p {k} {config[k]}" for k in ("mode", "variant", "preset", "dataset", "seed"))
     more = ' -y "{overrides: ' + json.dumps(changed).replace('"', "") + '}"' if changed else ""
     told = " The baseline gets **no action labels**, while seq-JEPA is given the relative actions." if "lie" in config["variant"] else ""
