@@ -226,14 +226,17 @@ def class_circles(z, labels, angles, names) -> Figure:
     radius = np.sqrt((points**2).sum(-1).mean())
     present = [c for c in range(min(10, len(names))) if (labels == c).any()]
     across = min(5, len(present))
-    fig = _picture(8, 1.75 * math.ceil(len(present) / across) + 0.1)
-    for ax, c in zip(fig.subplots(math.ceil(len(present) / across), across, squeeze=False, sharex=True, sharey=True).flat, present):
+    fig = _picture(8, 1.6 * math.ceil(len(present) / across) + 0.1)
+    circles, key = fig.subfigures(1, 2, width_ratios=[8, 1])
+    axes = circles.subplots(math.ceil(len(present) / across), across, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax, c in zip(axes, present):
         ax.plot(*(radius * _ideal("rotation", angles)).T, color=FAINT, lw=4, zorder=0)
         _sweeps(points[labels == c][:6], angles, "rotation", ax)
         _axes(ax, str(names[c]))
         ax.set(aspect="equal", xticks=[], yticks=[])
-    for ax in fig.axes[len(present):]:
+    for ax in axes[len(present):]:
         ax.axis("off")
+    _key(key.subplots())
     return fig
 
 
