@@ -372,16 +372,19 @@ def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cy
     -------
     dict
         `ev`, `ev_anchor`, `effective_rank` (of energies), `equivariance_error` and `unmoved_error` (mean of four steps, from an eighth to half of the sweep), with `act` also `own_action_error`, and for a closed sweep `circle`.
+        Two errors once more at steps half-way between, `equivariance_error_between` and `own_action_error_between`: an encoder may turn by eighths by construction, and by nothing else.
     """
     _column(factor)
     if z.ndim != 3 or z0.shape != (z.shape[0], z.shape[2]) or values.shape != (z.shape[1],):
         raise ValueError(f"z (a, n, d), z0 (a, d) and values (n,) expected, not {tuple(z.shape)}, {tuple(z0.shape)}, {tuple(values.shape)}")
     energies = _energies(_centred((z - z0[:, None]).flatten(0, 1), k))
-    steps = sorted({max(1, round(z.shape[1] * i / 8)) for i in range(1, 5)})
+    n = z.shape[1]
+    steps, between = (sorted({min(n - 1, max(1, round(n * i / 8))) for i in way}) for way in ((1, 2, 3, 4), (0.5, 1.5, 2.5, 3.5)))
     report = {"ev": float(energies[:k].sum() / energies.sum()), "ev_anchor": explained_by_anchor(z, k), "effective_rank": _participation(energies),
-              "equivariance_error": equivariance_error(z, steps, cyclic=cyclic), "unmoved_error": unmoved_error(z, steps, cyclic=cyclic)}
+              "equivariance_error": equivariance_error(z, steps, cyclic=cyclic), "unmoved_error": unmoved_error(z, steps, cyclic=cyclic),
+              "equivariance_error_between": equivariance_error(z, between, cyclic=cyclic)}
     if act is not None:
-        report["own_action_error"] = own_action_error(z, values, factor, act, steps, cyclic)
+        report |= {name: own_action_error(z, values, factor, act, way, cyclic) for name, way in (("own_action_error", steps), ("own_action_error_between", between))}
     return report | ({"circle": circle(z, values)} if cyclic else {})
 
 
