@@ -307,6 +307,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'seqjepa_nb.torus.LiftedHead': ('torus.html#liftedhead', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.LiftedHead.__init__': ('torus.html#liftedhead.__init__', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.LiftedHead.forward': ('torus.html#liftedhead.forward', 'seqjepa_nb/torus.py'),
+                                  'seqjepa_nb.torus._turned': ('torus.html#_turned', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.act': ('torus.html#act', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.generator_loss': ('torus.html#generator_loss', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.phase_loss': ('torus.html#phase_loss', 'seqjepa_nb/torus.py'),

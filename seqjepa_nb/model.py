@@ -192,8 +192,8 @@ class SeqJEPA(nn.Module):
         If given, z gets pose coordinates for these factors beside its content; see `torus.GroupHead`.
     planes : int
         Planes that rotation gets then.
-    content_norm : float
-        The content's length beside them.
+    content_norm, slow : float
+        The content's length beside them, and whether factors other than rotation have lines (0) or circles.
     action_dim, action_embed : int
         Numbers in an action, and what they are embedded in.
     aggregator, predictor : str
@@ -201,7 +201,7 @@ class SeqJEPA(nn.Module):
     """
 
     def __init__(self, width: int = 64, target: str = "ema", decay: float = 0.996, encoder: str = "resnet", factors=(),
-                 planes: int = 1, content_norm: float = 1.0, action_dim: int = 5, action_embed: int = 64, aggregator: str = "transformer", predictor: str = "mlp"):
+                 planes: int = 1, content_norm: float = 1.0, slow: float = 0.0, action_dim: int = 5, action_embed: int = 64, aggregator: str = "transformer", predictor: str = "mlp"):
         super().__init__()
         if target not in ("ema", "stop"):
             raise ValueError(f"target is 'ema' or 'stop', not {target!r}")
@@ -214,13 +214,13 @@ class SeqJEPA(nn.Module):
             raise ValueError(f"width {width}: 8 * width + action_embed must be a multiple of the 4 heads")
         here = locals()
         self.config = {k: here[k] for k in inspect.signature(SeqJEPA).parameters} | {"factors": list(factors)}
-        self.dim, self.agg_dim, self.pose_dim, self.decay = 8 * width, 8 * width + action_embed, pose_dims(factors, planes), decay
+        self.dim, self.agg_dim, self.pose_dim, self.decay = 8 * width, 8 * width + action_embed, pose_dims(factors, planes, slow), decay
         if not factors:
             self.encoder = ENCODERS[encoder](width)
         elif encoder == "lifted" and list(factors) == ["rotation"] and planes == 1:
             self.encoder = nn.Sequential(LiftedEncoder(width, self.dim), LiftedHead(self.dim, self.dim, content_norm))
         else:
-            self.encoder = nn.Sequential(ENCODERS[encoder](width), GroupHead(self.dim, factors, planes, content_norm))
+            self.encoder = nn.Sequential(ENCODERS[encoder](width), GroupHead(self.dim, factors, planes, content_norm, slow))
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False) if target == "ema" else None
         self.action = nn.Sequential(nn.Linear(action_dim, action_embed, bias=False), nn.BatchNorm1d(action_embed, affine=False))
         self.aggregator = Aggregator(self.agg_dim, kind=aggregator)

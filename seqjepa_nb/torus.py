@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from .affine import FACTORS
 
 # %% ../nbs/10_torus.ipynb #3629eb99
-def pose_dims(factors, planes: int = 1) -> int:
-    """How many coordinates the pose part of these factors has: two for each of rotation's planes, one for any other factor."""
+def pose_dims(factors, planes: int = 1, slow: float = 0.0) -> int:
+    """How many coordinates the pose part of these factors has: two for each of rotation's planes, and one for any other factor or, if that turns slowly, two."""
     if unknown := set(factors) - set(FACTORS):
         raise ValueError(f"factors are among {', '.join(FACTORS)}, not {', '.join(sorted(unknown))}")
-    return len(factors) + ("rotation" in factors) * (2 * planes - 1)
+    others = len(factors) - ("rotation" in factors)
+    return 2 * planes * ("rotation" in factors) + others * (2 if slow else 1)
 
 
 class GroupHead(nn.Module):
-    """A linear map and the latent's structure: (n, d) -> [unit circle or sphere | lines | content of one length], (n, d) in float32.
+    """A linear map and the latent's structure: (n, d) -> [unit circle or sphere | lines or unit circles | content of one length], (n, d) in float32.
 
     Parameters
     ----------
@@ -36,20 +37,24 @@ class GroupHead(nn.Module):
         How many planes rotation gets; their coordinates together have unit length.
     content_norm : float
         The content's length.
+    slow : float
+        0 for lines; else other factors have circles, see `act`.
     """
 
-    def __init__(self, dim: int, factors, planes: int = 1, content_norm: float = 1.0):
+    def __init__(self, dim: int, factors, planes: int = 1, content_norm: float = 1.0, slow: float = 0.0):
         super().__init__()
-        self.content_norm = content_norm
-        self.linear, self.circle, self.pose = nn.Linear(dim, dim), 2 * planes * ("rotation" in factors), pose_dims(factors, planes)
+        self.content_norm, self.slow = content_norm, slow
+        self.linear, self.circle, self.pose = nn.Linear(dim, dim), 2 * planes * ("rotation" in factors), pose_dims(factors, planes, slow)
         if dim <= self.pose:
             raise ValueError(f"{dim} dimensions leave no content beside {self.pose} of pose")
 
     def forward(self, features: Tensor) -> Tensor:
         """See the class."""
         h = self.linear(features).float()
-        circle, lines, content = h.split([self.circle, self.pose - self.circle, h.shape[1] - self.pose], 1)
-        return torch.cat([F.normalize(circle, dim=1), lines, self.content_norm * F.normalize(content, dim=1)], 1)
+        circle, others, content = h.split([self.circle, self.pose - self.circle, h.shape[1] - self.pose], 1)
+        if self.slow:
+            others = F.normalize(others.unflatten(1, (-1, 2)), dim=2).flatten(1)
+        return torch.cat([F.normalize(circle, dim=1), others, self.content_norm * F.normalize(content, dim=1)], 1)
 
 # %% ../nbs/10_torus.ipynb #bec7d246
 class LiftedHead(nn.Module):
@@ -68,17 +73,21 @@ class LiftedHead(nn.Module):
         return torch.cat([F.normalize(pose[..., 0], dim=1), self.content_norm * F.normalize(self.content(blocks.mean(1)), dim=1)], 1)
 
 # %% ../nbs/10_torus.ipynb #5a8fa8c0
-def act(pose: Tensor, action: Tensor, factors) -> Tensor:
-    """Move pose codes (..., p) by relative actions (..., 5)."""
-    parts = []
-    if "rotation" in factors:
-        (a, b), (sin, cos) = pose[..., :2].unbind(-1), action[..., :2].unbind(-1)
-        parts = [torch.stack([cos * a - sin * b, sin * a + cos * b], -1)]
-    columns = [1 + FACTORS.index(f) for f in factors if f != "rotation"]
-    return torch.cat([*parts, pose[..., 2 * ("rotation" in factors):] + action[..., columns]], -1)
+def _turned(plane, sin, cos):
+    """Points (..., 2) of planes, turned."""
+    a, b = plane.unbind(-1)
+    return torch.stack([cos * a - sin * b, sin * a + cos * b], -1)
+
+
+def act(pose: Tensor, action: Tensor, factors, slow: float = 0.0) -> Tensor:
+    """Move pose codes (..., p) by relative actions (..., 5); with `slow`, shifts and changes of log-scale turn circles by so many radians for each unit."""
+    parts = [_turned(pose[..., :2], action[..., 0], action[..., 1])] if "rotation" in factors else []
+    others, by = pose[..., 2 * len(parts):], action[..., [1 + FACTORS.index(f) for f in factors if f != "rotation"]]
+    moved = _turned(others.unflatten(-1, (-1, 2)), (slow * by).sin(), (slow * by).cos()).flatten(-2) if slow and by.shape[-1] else others + by
+    return torch.cat([*parts, moved], -1)
 
 # %% ../nbs/10_torus.ipynb #89299c2b
-def turn_loss(pose: Tensor, actions_to_last: Tensor, factors) -> Tensor:
+def turn_loss(pose: Tensor, actions_to_last: Tensor, factors, slow: float = 0.0) -> Tensor:
     """Mean squared distance of each pose code, moved by the action, from each later one.
 
     Parameters
@@ -87,6 +96,8 @@ def turn_loss(pose: Tensor, actions_to_last: Tensor, factors) -> Tensor:
         Codes of the views of a sequence, (b, v, p).
     actions_to_last : Tensor
         The actions that lead from each view to the last, (b, v, 5); the identity for the last itself.
+    factors, slow
+        See `act`.
 
     Notes
     -----
@@ -95,15 +106,14 @@ def turn_loss(pose: Tensor, actions_to_last: Tensor, factors) -> Tensor:
     """
     v = pose.shape[1]
     i, j = torch.triu_indices(v, v, 1, device=pose.device)
-    last = act(pose, actions_to_last, factors)  # (b, v, p)
+    last = act(pose, actions_to_last, factors, slow)  # (b, v, p)
     return (last[:, i] - last[:, j]).pow(2).sum(-1).mean()
 
 
-def phase_loss(first: Tensor, factors) -> Tensor:
-    """Mean squared distance of the codes (b, p) of identity poses from (1, 0, 0, ...)."""
+def phase_loss(first: Tensor, factors, slow: float = 0.0) -> Tensor:
+    """Mean squared distance of the codes (b, p) of identity poses from (1, 0) on circles and 0 on lines."""
     shared = torch.zeros_like(first)
-    if "rotation" in factors:
-        shared[:, 0] = 1
+    shared[:, :first.shape[1] if slow else 2 * ("rotation" in factors):2] = 1
     return (first - shared).pow(2).sum(-1).mean()
 
 # %% ../nbs/10_torus.ipynb #7bc86800

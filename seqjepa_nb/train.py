@@ -70,6 +70,7 @@ class Config:
     stay_weight: float = 4.0
     content_rate_weight: float = 0.01
     content_norm: float = 1.0
+    slow: float = 0.0
     integer: bool = True
     subspace_frequency: int = 5
 
@@ -107,6 +108,7 @@ VARIANTS = {
     "crate_encoder": dict(encoder="crate"),
     "torus": dict(GROUP, phase_weight=0.0),
     "torus_phase": dict(GROUP),
+    "torus_circles": dict(GROUP, slow=0.8),
     "generator": dict(GROUP, group="generator", planes=4, phase_weight=0.0),
     "inferred": dict(GROUP, group="inferred", phase_weight=0.0),
     "lifted_torus_phase": dict(GROUP, encoder="lifted"),
@@ -119,7 +121,7 @@ TITLES = {
     "teacherless": "no teacher, tuned on CIFAR-10", "teacherless_original": "original, no teacher", "teacherless_normalised": "normalised rate on z_agg, no teacher", "teacherless_no_rate": "no rate, no teacher",
     "vicreg": "VICReg", "sigreg": "SIGReg", "lifted": "lifted encoder", "vit": "ViT encoder",
     "crate_aggregator": "CRATE aggregator", "crate_alpha": "CRATE-α aggregator", "crate_predictor": "CRATE predictor", "crate": "CRATE aggregator and predictor", "crate_encoder": "CRATE encoder",
-    "torus": "known action", "torus_phase": "known action, shared phase", "generator": "learned generator", "inferred": "steady motion, no action in the pose loss", "lifted_torus_phase": "lifted, known action",
+    "torus": "known action", "torus_phase": "known action, shared phase", "torus_circles": "the same, all factors on circles", "generator": "learned generator", "inferred": "steady motion, no action in the pose loss", "lifted_torus_phase": "lifted, known action",
     "supervised": "with labels (reference)", "random": "untrained encoder", "pixels": "pixels (PCA)",
 }
 """What each variant is called in tables and figures."""
@@ -144,7 +146,7 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
         If a name or value is unknown; the message lists the valid ones.
     """
     asked = runs.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01}
+    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0}
     values = runs.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least)
     place = resolve_device(asked["device"])
     if values["precision"] == "auto":
@@ -184,7 +186,7 @@ class Learner(nn.Module):
         super().__init__()
         self.told = config.group != "inferred"  # else no gradient of what reads actions reaches the pose codes
         self.model = SeqJEPA(config.width, config.target, config.decay, encoder=config.encoder,
-                             factors=MODES[config.mode] if config.group != "none" else (), planes=config.planes, content_norm=config.content_norm, aggregator=config.aggregator, predictor=config.predictor)
+                             factors=MODES[config.mode] if config.group != "none" else (), planes=config.planes, content_norm=config.content_norm, slow=config.slow, aggregator=config.aggregator, predictor=config.predictor)
         if config.rate_on == "projector":
             d = self.model.agg_dim
             self.projector = nn.Sequential(nn.Linear(d, 2 * d, bias=False), nn.BatchNorm1d(2 * d), nn.ReLU(inplace=True), nn.Linear(2 * d, 128))
@@ -224,7 +226,7 @@ def pose_loss(config: Config, learner: Learner, pose: Tensor, poses: Tensor) -> 
         return {"turn": (config.turn_weight, generator_loss(learner.generator, pose, to_last)), "spread": (-0.1, spread)}
     factors = MODES[config.mode]
     to_last = relative_action(poses, poses[:, -1:].expand_as(poses))
-    return {"turn": (config.turn_weight, turn_loss(pose, to_last, factors)), "phase": (config.phase_weight, phase_loss(pose[:, 0], factors))}
+    return {"turn": (config.turn_weight, turn_loss(pose, to_last, factors, config.slow)), "phase": (config.phase_weight, phase_loss(pose[:, 0], factors, config.slow))}
 
 
 def loss_of(config: Config, learner: Learner, out, poses: Tensor, labels: Tensor) -> tuple:
@@ -411,7 +413,7 @@ def own_action(config: Config, learner: Learner):
     """How the model's own action moves z: a function of z (m, d) and actions (m, 5), for `measure.controlled`; None if it has no such action."""
     n, device = learner.model.pose_dim, config.device
     if config.group == "known":
-        move = lambda pose, action: act(pose, action, MODES[config.mode])
+        move = lambda pose, action: act(pose, action, MODES[config.mode], config.slow)
     elif config.group == "generator":
         move = lambda pose, action: learner.generator(pose, torch.atan2(action[:, 0], action[:, 1]))
     else:
