@@ -238,13 +238,13 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         for name, low in least.items():
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool) or getattr(self, name) < low:
                 raise ValueError(f"{name} is a whole number of at least {low}, not {getattr(self, name)!r}")
-        for name in ("sigma", "start"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is a number above 0, not {getattr(self, name)!r}")
-        if not 0 <= self.sparsity < math.inf:
-            raise ValueError(f"sparsity is a number of at least 0, not {self.sparsity!r}")
-        if not 0 <= self.memory < 1:
-            raise ValueError(f"memory is a number of at least 0 and below 1, not {self.memory!r}")
+        number = lambda name, good: isinstance(getattr(self, name), (int, float)) and not isinstance(getattr(self, name), bool) and math.isfinite(getattr(self, name)) and good(getattr(self, name))
+        for names, good, what in ((("sigma", "start"), lambda v: v > 0, "above 0"), (("sparsity", "jitter"), lambda v: v >= 0, "of at least 0"), (("memory",), lambda v: 0 <= v < 1, "of at least 0 and below 1")):
+            for name in names:
+                if not number(name, good):
+                    raise ValueError(f"{name} is a number {what}, not {getattr(self, name)!r}")
+        if self.reach is not None and (not isinstance(self.reach, int) or self.reach < 1):
+            raise ValueError(f"reach is a whole number of at least 1, or None, not {self.reach!r}")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is float32 or float64, not {self.dtype!r}")
         if 2 * self.planes > pixels:
@@ -258,8 +258,25 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         x = x.to(resolve_device(self.device), getattr(torch, self.dtype)).flatten(1)
         if not x.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
+        if not x.square().sum(1).isfinite().all():
+            raise ValueError(f"{name} holds numbers whose squares {self.dtype} cannot hold: bring images to a scale of about 1")
         if hasattr(self, "planes_") and x.shape[1] != len(self.planes_):
             raise ValueError(f"{name}: images of {len(self.planes_)} pixels were learned, these have {x.shape[1]}")
+        return x
+
+    def _ready(self):
+        """ValueError unless something was learned, with the parameters that are set."""
+        if not hasattr(self, "planes_"):
+            raise ValueError("this LieSparseCoder has learned nothing yet: call fit first")
+        if self.planes_.shape[1] != 2 * self.planes or self.templates_.shape[1] != self.templates or self.omega_.shape[1] != self.torus:
+            raise ValueError(f"learned with planes = {self.planes_.shape[1] // 2}, templates = {self.templates_.shape[1]}, torus = {self.omega_.shape[1]}, which have been set to {self.planes}, {self.templates}, {self.torus} since: call fit again")
+
+    def _to_learn(self, X):
+        """Rows on the device that can be learned from."""
+        x = self._rows(X)
+        self._check(x.shape[1])
+        if not x.any():
+            raise ValueError("X is black everywhere: there is nothing to learn")
         return x
 
     def _unit(self, x):
@@ -348,10 +365,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         """Learn from images (m, D), (m, h, w) or (m, 1, h, w); `checkpoint` names a file to go on from and to keep the state of each epoch in."""
         for name in ("planes_", "templates_"):
             vars(self).pop(name, None)
-        x = self._rows(X)
-        self._check(x.shape[1])
-        if not x.any():
-            raise ValueError("X is black everywhere: there is nothing to learn")
+        x = self._to_learn(X)
         self.image_shape_ = tuple(torch.as_tensor(X).shape[1:])
         self._frame(x)
         rows = self._unit(x)[0]
@@ -385,20 +399,26 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
                 self.history_.append({"epoch": i + 1, "phase": phase, "restart": restart} | row)
                 bar.set_postfix(snr=f"{row['snr']:.2f}", refresh=False)
                 if checkpoint:
-                    self._keep(checkpoint, kept)
+                    self._keep(checkpoint, kept, rows)
         finally:
             bar.close()
         self.planes_, self.templates_ = kept["planes"], kept["templates"]
         return self
 
-    def _keep(self, path, kept):
+    def _mark(self, x):
+        """What tells one set of unit rows (m, D) from another, in the same order."""
+        return [*x.shape, float((x.double().sum(1) * torch.arange(1, len(x) + 1, device=x.device)).mean())]
+
+    def _keep(self, path, kept, x):
         tensors = {"planes": self.planes_, "templates": self.templates_} | {f"sums/{k}": v for k, v in self._sums.items()} | {f"kept/{k}": v for k, v in kept.items()}
-        runs.save_state(path, tensors, {"history": self.history_, "restarts": self.restarts_, "train_s": self.train_s_, "params": self.get_params()})
+        runs.save_state(path, tensors, {"history": self.history_, "restarts": self.restarts_, "train_s": self.train_s_, "params": self.get_params(), "images": self._mark(x)})
 
     def _restore(self, path, x):
         tensors, meta = runs.load_state(path)
         if meta["params"] != runs.plain(self.get_params()):
             raise ValueError(f"checkpoint {path} belongs to other parameters; remove it or name another")
+        if not all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(meta["images"], self._mark(x))):
+            raise ValueError(f"checkpoint {path} belongs to other images; remove it or name another")
         tensors = {k: v.to(x) for k, v in tensors.items()}
         part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
         self.planes_, self.templates_, self._sums = tensors["planes"], tensors["templates"], part("sums/")
@@ -407,10 +427,11 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     def partial_fit(self, X, y=None):
         """One pass over more images; the first call begins with what it is given, pairs included."""
-        x = self._rows(X)
+        x = self._to_learn(X)
         rows = self._unit(x)[0]
-        if not hasattr(self, "planes_"):
-            self._check(x.shape[1])
+        if hasattr(self, "planes_"):
+            self._ready()
+        else:
             self.image_shape_, self.history_, self.restarts_ = tuple(torch.as_tensor(X).shape[1:]), [], []
             self._frame(x)
             self._begin_planes(rows, self.seed)
@@ -423,8 +444,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return self
 
     def _chunks(self, X):
-        if not hasattr(self, "planes_"):
-            raise ValueError("this LieSparseCoder has learned nothing yet: call fit first")
+        self._ready()
         return self._rows(X).split(500)
 
     @torch.no_grad()
@@ -440,6 +460,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     @torch.no_grad()
     def inverse_transform(self, code) -> Tensor:
         """The images of codes (m, K + n), in the shape of those that were learned from."""
+        self._ready()
         code = torch.as_tensor(code).to(self.planes_)
         if code.ndim != 2 or code.shape[1] != self.templates + self.torus:
             raise ValueError(f"code: (m, {self.templates + self.torus}) expected, not {tuple(code.shape)}")
@@ -486,6 +507,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     def save_pretrained(self, folder):
         """Write `model.safetensors`, which holds the parameters too, into a folder."""
+        self._ready()
         runs.save_state(Path(folder) / "model.safetensors", {"planes": self.planes_, "templates": self.templates_},
                         {"params": self.get_params(), "image_shape": self.image_shape_})
 
