@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'AHEAD', 'in_chunks', 'show_views', 'probe_data', 'controlled',
-           'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed']
+           'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
 from collections.abc import Callable
@@ -202,4 +202,13 @@ def gap_closed(mode: str, controlled: dict, original: dict, reference: dict | No
         if read in found:
             found[title] = min(outside, found[read])
     return found
+
+
+def unimposed(controlled: dict, encoder: str | None) -> dict:
+    """Controlled numbers without what the encoder has by construction: of a lifted one, which an eighth of a turn moves exactly, the errors are those between the eighths, and half a turn says nothing."""
+    if encoder != "lifted" or "rotation" not in controlled["factors"]:
+        return controlled
+    turned = {k: v for k, v in controlled["factors"]["rotation"].items() if k != "half_turn"}
+    turned |= {key: turned.get(f"{key}_between") for key in ("own_action_error", "equivariance_error")}
+    return controlled | {"factors": controlled["factors"] | {"rotation": turned}}
 
