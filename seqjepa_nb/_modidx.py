@@ -382,6 +382,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'seqjepa_nb.viz.head_heatmap': ('viz.html#head_heatmap', 'seqjepa_nb/viz.py'),
                                 'seqjepa_nb.viz.history_curves': ('viz.html#history_curves', 'seqjepa_nb/viz.py'),
                                 'seqjepa_nb.viz.image_rows': ('viz.html#image_rows', 'seqjepa_nb/viz.py'),
+                                'seqjepa_nb.viz.inferred_codes': ('viz.html#inferred_codes', 'seqjepa_nb/viz.py'),
                                 'seqjepa_nb.viz.overlap_heatmap': ('viz.html#overlap_heatmap', 'seqjepa_nb/viz.py'),
                                 'seqjepa_nb.viz.rank_monitor': ('viz.html#rank_monitor', 'seqjepa_nb/viz.py'),
                                 'seqjepa_nb.viz.rotation_circle': ('viz.html#rotation_circle', 'seqjepa_nb/viz.py'),

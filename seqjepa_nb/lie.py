@@ -692,6 +692,11 @@ def draw(model: LieSparseCoder, images, views: Tensor, planes: dict, sweeps: dic
     p = model.posterior(shown[:4])
     if model.torus > 1:
         figures["posterior"] = viz.torus_posterior(p.flatten(3).sum(3) if model.torus == 3 else p)
+    if planes:
+        f, (_, values) = next(iter(planes.items()))
+        anchors = to_float(images.test[:5])
+        found = subspace.sweep(lambda x: measure.in_chunks(lambda i: model.transform(gray(i)), x), anchors, f, values, limits.padding)  # (a, n, K + t)
+        figures["inferred_codes"] = viz.inferred_codes(values, found[..., model.templates:], found[..., :model.templates], f)
     if sweeps:
         few = {f: (z[:12], v) for f, (z, v) in sweeps.items()}
         figures["combined_trajectories"] = viz.combined_trajectories(few)

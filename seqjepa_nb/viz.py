@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'FAINT', 'ANGLES', 'VALUES', 'MOST', 'SHOWN', 'PANELS', 'TOP', 'CAPTIONS', 'angle_colour',
            'rotation_circle', 'sweep_traj_rot', 'class_circles', 'combined_trajectories', 'eigs_rot', 'rank_monitor',
            'overlap_heatmap', 'head_heatmap', 'translation_lines', 'view_strip', 'image_rows', 'torus_posterior',
-           'history_curves', 'comparison_bars']
+           'inferred_codes', 'history_curves', 'comparison_bars']
 
 # %% ../nbs/06_viz.ipynb #9471564a
 import inspect
@@ -540,6 +540,39 @@ def torus_posterior(p) -> Figure:
     fig.axes[0].set_ylabel("s2 (degrees)", fontsize=9)
     return fig
 
+
+def inferred_codes(values, angles, alpha, factor) -> Figure:
+    """What is inferred while a few images are moved: each angle of the torus by image, and the templates' coefficients of the first image.
+
+    An angle that follows the movement is a straight line, wrapped round; one that jumps or stays does not tell it. A row of coefficients that changes along the movement has the movement in it.
+
+    Parameters
+    ----------
+    values : array
+        The factor's values, (n,).
+    angles : array
+        Radians, (a, n, t) for t angles; the first 5 images are drawn.
+    alpha : array
+        (a, n, K), at least 0.
+    factor : str
+        One of `SHOWN`.
+    """
+    angles = _array(angles, "angles", "a", "n", "t")
+    alpha, values = _array(alpha, "alpha", len(angles), angles.shape[1], "K"), _array(values, "values", angles.shape[1])
+    name, unit = SHOWN[factor]
+    at, t = unit(values), angles.shape[2]
+    fig = _picture(2.6 * (t + 1) + 0.4, 2.8)
+    *panels, heat = fig.subplots(1, t + 1)
+    for k, ax in enumerate(panels):
+        for one, colour in zip(angles[:5, :, k], PALETTE):
+            ax.scatter(at, np.degrees(one % (2 * math.pi)), color=colour, s=6, lw=0)
+        _axes(ax, f"s{k + 1 if t > 1 else ''}, {len(angles[:5])} images", name, "degrees")
+        ax.set(ylim=(-5, 365), yticks=(0, 90, 180, 270, 360))
+    heat.imshow(alpha[0].T / max(alpha[0].max(), np.finfo(float).tiny), cmap="Greys", aspect="auto", vmin=0, vmax=1, extent=(at[0], at[-1], alpha.shape[2] - 0.5, -0.5))
+    _axes(heat, "alpha of one image", name, "template")
+    return fig
+
+
 # %% ../nbs/06_viz.ipynb #86078a40
 PANELS = (("loss and its parts", "", {"loss": "loss", "prediction": "prediction", "class": "class", "pose": "pose"}),
           ("coding rate", "nats", {"rate": "rate"}),
@@ -624,4 +657,4 @@ def comparison_bars(table, columns) -> Figure:
 #: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
             (sweep_traj_rot, rotation_circle, class_circles, combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, head_heatmap, translation_lines, view_strip,
-             image_rows, torus_posterior, history_curves, comparison_bars)}
+             image_rows, torus_posterior, inferred_codes, history_curves, comparison_bars)}
