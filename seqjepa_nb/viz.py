@@ -568,7 +568,7 @@ def inferred_codes(values, angles, alpha, factor) -> Figure:
             ax.scatter(at, np.degrees(one % (2 * math.pi)), color=colour, s=6, lw=0)
         _axes(ax, f"s{k + 1 if t > 1 else ''}, {len(angles[:5])} images", name, "degrees")
         ax.set(ylim=(-5, 365), yticks=(0, 90, 180, 270, 360))
-    heat.imshow(alpha[0].T / max(alpha[0].max(), np.finfo(float).tiny), cmap="Greys", aspect="auto", vmin=0, vmax=1, extent=(at[0], at[-1], alpha.shape[2] - 0.5, -0.5))
+    heat.imshow(alpha[0].T / max(alpha[0].max(), np.finfo(float).tiny), cmap="Greys", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=(at[0], at[-1], alpha.shape[2] - 0.5, -0.5))
     _axes(heat, "alpha of one image", name, "template")
     return fig
 
