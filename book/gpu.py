@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqjepa_nb import runs, sweep, train
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"matrix rate": 10, "steps": 40, "waits": 10, "layout": 30, "precision": 60, "profile": 20, "compile": 150}
+SECONDS = {"matrix rate": 10, "steps": 40, "waits": 10, "recording": 30, "layout": 30, "precision": 60, "profile": 20, "compile": 150}
 """What each measurement is thought to take; a guess until a GPU has answered."""
 TINY = {"width": 16, "n_train": 64, "n_test": 64, "batch": 16}  # not narrower: see train.memory_layout
 
@@ -39,23 +39,21 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def epoch(self, config, parts, i):
+    def epoch(self, config, step, i):
         """Seconds of one epoch of the training loop, everything in it."""
-        images, limits, learner, probes, optimisers = parts
         self.wait()
         start = time.perf_counter()
-        train.train_epoch(config, learner, probes, optimisers["optimiser"], images, limits, i)
+        train.train_epoch(config, step, i)
         self.wait()
         return time.perf_counter() - start
 
-    def views_per_s(self, config, change=None):
-        """Views trained on in a second: the best of two epochs, after one that warms up; `change` alters the learner first."""
-        parts = train.prepare(config)
-        if change:
-            change(parts[2])
-        warm = self.epoch(config, parts, 0)
-        best = min(self.epoch(config, parts, i) for i in (1, 2))
-        return config.n_train // config.batch * config.batch * config.views / best, warm, parts
+    def views_per_s(self, config, change=lambda step: None):
+        """Views trained on in a second, the best of two epochs, after one that warms up; how long that took, and the step. `change` alters the step first."""
+        step = train.Step(config, *train.prepare(config))
+        change(step)
+        warm = self.epoch(config, step, 0)
+        best = min(self.epoch(config, step, i) for i in (1, 2))
+        return config.n_train // config.batch * config.batch * config.views / best, warm, step
 
     def product(self, dtype):
         """Operations a second of one large product of matrices."""
@@ -81,14 +79,12 @@ class Bench:
             config = self.config(preset)
             if self.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            rate, _, (images, limits, learner, _, _) = self.views_per_s(config)
+            rate, _, step = self.views_per_s(config)
             peak = runs.peak_mb(self.device)
             pick = torch.arange(config.batch, device=self.device)
-            p = train.draw_poses(config, config.batch, limits, train.epoch_generator(config, 0))
-            views, actions = train.make_views(images, pick, p, limits), train.relative_action(p[:, :-1], p[:, 1:])
-            with FlopCounterMode(display=False) as counter, train.autocast(config):
-                loss, _ = train.loss_of(config, learner, learner(views, actions), p, images.train_labels[pick])
-                loss.backward()
+            p = train.draw_poses(config, config.batch, step.limits, train.epoch_generator(config, 0))
+            with FlopCounterMode(display=False) as counter:
+                step.once(pick, p)
             operations = counter.get_total_flops() / (config.batch * config.views)
             product = self.product(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
             found[preset] = {"batch": config.batch, "width": config.width, "precision": config.precision, "views_per_s": rate, "operations_per_view": operations,
@@ -100,18 +96,35 @@ class Bench:
         if self.device != "cuda":
             return {"not measured": "torch counts this on a GPU only"}
         config = self.config(self.presets[0])
-        parts = train.prepare(config)
-        self.epoch(config, parts, 0)
+        step = train.Step(config, *train.prepare(config))
+        step.records = False  # so that each operation is asked for
+        self.epoch(config, step, 0)
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            train.train_epoch(config, parts[2], parts[3], parts[4]["optimiser"], parts[0], parts[1], 1)
+            train.train_epoch(config, step, 1)
         torch.cuda.set_sync_debug_mode("default")
         return {"steps": config.n_train // config.batch, "waits": sum("synchroniz" in str(w.message) for w in caught)}
 
+    def recording(self):
+        """Views a second with steps recorded and replayed, and with each operation asked for anew; and by how much the losses of the first steps differ, relative to the first."""
+        found = {}
+        for preset in self.presets:
+            rates = {name: self.views_per_s(self.config(preset), lambda step: setattr(step, "records", step.records and on))[0] for name, on in (("asked for", False), ("recorded", True))}
+            config, losses = self.config(preset, precision="float32"), []
+            for on in (False, True):
+                step = train.Step(config, *train.prepare(config))
+                step.learner.train()
+                step.records = step.records and on
+                g = train.epoch_generator(config, 0)
+                p = train.draw_poses(config, min(8 * config.batch, config.n_train), step.limits, g)
+                losses.append(torch.stack([step(i, p[i])[0] for i in torch.arange(len(p), device=self.device).split(config.batch)]))
+            found[preset] = rates | {"losses differ by": float((losses[0] - losses[1]).abs().max() / losses[0][0].abs())}
+        return found
+
     def layout(self):
         """Views a second with the default layout and with channels last."""
-        return {preset: {name: self.views_per_s(self.config(preset), lambda learner: learner.to(memory_format=form))[0]
+        return {preset: {name: self.views_per_s(self.config(preset), lambda step: step.learner.to(memory_format=form))[0]
                          for name, form in (("default", torch.contiguous_format), ("channels last", torch.channels_last))} for preset in self.presets}
 
     def precision(self):
@@ -119,29 +132,29 @@ class Bench:
         found = {}
         for name, precision, seed in (("float32", "float32", 0), ("float32, another seed", "float32", 1), ("bfloat16", "bfloat16", 0)):
             config = train.make_config("multi", preset=self.presets[0], device=self.device, seed=seed, overrides=(TINY if self.tiny else {"n_test": 64}) | {"precision": precision, "epochs": 4})
-            images, limits, learner, probes, optimisers = train.prepare(config)
-            found[name] = [train.train_epoch(config, learner, probes, optimisers["optimiser"], images, limits, e)["loss"] for e in range(config.epochs)]
+            step = train.Step(config, *train.prepare(config))
+            found[name] = [train.train_epoch(config, step, e)["loss"] for e in range(config.epochs)]
         return found
 
     def profile(self):
         """Where the time goes: the operations that take most of it."""
         config = self.config(self.presets[-1])
-        parts = train.prepare(config)
-        self.epoch(config, parts, 0)
+        step = train.Step(config, *train.prepare(config))
+        self.epoch(config, step, 0)
         kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (self.device == "cuda")
         with torch.profiler.profile(activities=kinds) as seen:
-            self.epoch(config, parts, 1)
+            self.epoch(config, step, 1)
         spent = lambda e: e.self_device_time_total if self.device == "cuda" else e.self_cpu_time_total
         rows = sorted(seen.key_averages(), key=spent, reverse=True)
         whole = sum(map(spent, rows))
         return {"preset": config.preset, "rows": [{"operation": e.key[:80], "calls": e.count, "share": spent(e) / whole} for e in rows[:15]]}
 
     def compile(self):
-        """Views a second with the encoder compiled and not, and how long compiling takes."""
+        """Views a second with the encoder compiled and not, both recorded, and how long compiling takes."""
         found = {}
         for preset in self.presets:
-            def change(learner):
-                for net in (learner.model.encoder, learner.model.teacher):
+            def change(step):
+                for net in (step.learner.model.encoder, step.learner.model.teacher):
                     net.compile(backend="eager" if self.tiny else "inductor")
             plain, plain_warm, _ = self.views_per_s(self.config(preset))
             torch.compiler.reset()
@@ -162,7 +175,7 @@ def main(arguments=None):
     given, begun = parser.parse_args(arguments), time.time()
     left = lambda: given.budget - (time.time() - begun)
     bench = Bench(given.device, given.tiny)
-    measures = {"matrix rate": bench.matrix_rate, "steps": bench.steps_, "waits": bench.waits, "layout": bench.layout, "precision": bench.precision, "profile": bench.profile, "compile": bench.compile}
+    measures = {"matrix rate": bench.matrix_rate, "steps": bench.steps_, "waits": bench.waits, "recording": bench.recording, "layout": bench.layout, "precision": bench.precision, "profile": bench.profile, "compile": bench.compile}
     there = given.device == "cpu" or torch.cuda.is_available()
     file = given.out / "speed.json"
     found = json.loads(file.read_text()) if file.exists() else {}

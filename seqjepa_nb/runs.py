@@ -235,13 +235,13 @@ def load_state(path) -> tuple:
 
 # %% ../nbs/07_runs.ipynb #efee7c2f
 def commit() -> str:
-    """The repository's commit, 12 digits, with "-dirty" if tracked files differ from it; "unknown" where there is no git."""
+    """The repository's commit, 12 digits, with "-dirty" if tracked files differ from it; where there is no git `$SEQJEPA_COMMIT`, else "unknown"."""
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=find_root(), capture_output=True, text=True, check=True).stdout.strip()
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("SEQJEPA_COMMIT", "unknown")
 
 
 def device_name(device) -> str:

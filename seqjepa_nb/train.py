@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'TITLES', 'CHOICES', 'RATES', 'PARAMETERS', 'Config', 'fast_bfloat16', 'make_config',
            'epoch_generator', 'draw_poses', 'make_views', 'Learner', 'rate_of', 'pose_loss', 'loss_of', 'rate_at',
-           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'crate_report', 'autocast', 'train_epoch',
-           'own_action', 'ahead', 'measured', 'estimate_minutes', 'memory_layout', 'prepare', 'folder_name', 'fit',
-           'fit_with']
+           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'crate_report', 'autocast', 'Step',
+           'train_epoch', 'own_action', 'ahead', 'measured', 'estimate_minutes', 'memory_layout', 'prepare',
+           'folder_name', 'fit', 'fit_with']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
 import copy
@@ -371,7 +371,62 @@ def autocast(config: Config):
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
-def train_epoch(config: Config, learner: Learner, probes: OnlineProbes, optimiser, images, limits, epoch: int, tick=lambda: None) -> dict:
+class Step:
+    """One step of training, everything in it: `step(pick, poses)` returns the losses `names`, (1 + parts,).
+
+    On a GPU it is recorded as a CUDA graph at its fourth call and replayed from then on. Several processes, and a learned generator (`torch.matrix_exp` asks the device for numbers), go on without.
+
+    Parameters
+    ----------
+    config : Config
+    images, limits, learner, probes, optimisers
+        As `prepare` returns them.
+    """
+
+    def __init__(self, config: Config, images, limits, learner: Learner, probes: OnlineProbes, optimisers: dict):
+        self.config, self.images, self.limits, self.learner, self.probes, self.optimiser = config, images, limits, learner, probes, optimisers["optimiser"]
+        self.names, self.calls, self.graph = ("loss",), 0, None
+        self.records = torch.device(config.device).type == "cuda" and processes.count() == 1 and config.group != "generator"
+
+    def once(self, pick: Tensor, p: Tensor) -> Tensor:
+        """Train on the images `pick` (b,) in their poses `p` (b, v, 4)."""
+        config, learner, labels = self.config, self.learner, self.images.train_labels[pick]
+        views, actions = make_views(self.images, processes.part(pick), processes.part(p), self.limits), relative_action(p[:, :-1], p[:, 1:])
+        with autocast(config):
+            out = learner(views, actions)
+            loss, parts = loss_of(config, learner, out, p, labels)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        processes.average(learner.parameters())
+        self.optimiser.step()
+        learner.model.update_target()
+        self.probes.step(out.z.detach().float(), out.z_agg.detach().float(), labels, actions[:, :-1])
+        self.names = ("loss", *parts)
+        return torch.stack([loss.detach(), *(v.detach() for v in parts.values())]).float()
+
+    def __call__(self, pick: Tensor, p: Tensor) -> Tensor:
+        """See the class."""
+        self.calls += 1
+        if not self.records:
+            return self.once(pick, p)
+        if self.graph is None and self.calls <= 3:  # beside the main stream, as recording wants it
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                losses = self.once(pick, p)
+            here.wait_stream(aside)
+            return losses
+        if self.graph is None:
+            self.given, self.graph = (pick.clone(), p.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.said = self.once(*self.given)
+        for mine, new in zip(self.given, (pick, p)):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.said.clone()
+
+
+def train_epoch(config: Config, step: Step, epoch: int, tick=lambda: None) -> dict:
     """Train for one epoch; returns the mean of the loss and of its parts.
 
     Raises
@@ -379,33 +434,22 @@ def train_epoch(config: Config, learner: Learner, probes: OnlineProbes, optimise
     FloatingPointError
         If a loss was not finite; the message names the step.
     """
-    g = epoch_generator(config, epoch)
-    poses = draw_poses(config, len(images.train), limits, g)
-    order = torch.randperm(len(images.train), generator=g, device=g.device)
-    steps = len(order) // config.batch
-    learner.train()
+    g, n = epoch_generator(config, epoch), len(step.images.train)
+    poses = draw_poses(config, n, step.limits, g)
+    order = torch.randperm(n, generator=g, device=g.device)
+    steps, lr = n // config.batch, step.optimiser.param_groups[0]["lr"]
+    step.learner.train()
     kept = []
-    for step in range(steps):
-        pick = order[step * config.batch:(step + 1) * config.batch]
-        p, labels = poses[pick], images.train_labels[pick]
-        views, actions = make_views(images, processes.part(pick), processes.part(p), limits), relative_action(p[:, :-1], p[:, 1:])
-        with autocast(config):
-            out = learner(views, actions)
-            loss, parts = loss_of(config, learner, out, p, labels)
-        optimiser.param_groups[0]["lr"] = rate_at(config, epoch * steps + step, steps)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        processes.average(learner.parameters())
-        optimiser.step()
-        learner.model.update_target()
-        probes.step(out.z.detach().float(), out.z_agg.detach().float(), labels, actions[:, :-1])
-        kept.append(torch.stack([loss.detach(), *(v.detach() for v in parts.values())]).float())
+    for i in range(steps):
+        pick = order[i * config.batch:(i + 1) * config.batch]
+        lr.fill_(rate_at(config, epoch * steps + i, steps))
+        kept.append(step(pick, poses[pick]))
         tick()
     kept = torch.stack(kept)  # (steps, 1 + parts)
     if not kept[:, 0].isfinite().all():
         bad = int((~kept[:, 0].isfinite()).nonzero()[0])
         raise FloatingPointError(f"the loss was not finite at step {bad + 1} of {steps} in epoch {epoch + 1}; the last good epoch is kept. Try a smaller lr than {config.lr:g}.")
-    return dict(zip(("loss", *parts), kept.mean(0).tolist()))
+    return dict(zip(step.names, kept.mean(0).tolist()))
 
 # %% ../nbs/08_train.ipynb #491af132
 @torch.no_grad()
@@ -492,7 +536,10 @@ def prepare(config: Config) -> tuple:
         learner.model.encoder.fit(make_views(images, torch.arange(len(images.train), device=config.device), poses, limits)[:, 1])
     probes = OnlineProbes(learner.model.dim, learner.model.agg_dim, len(images.classes)).to(config.device)
     trained = [p for p in learner.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(trained, config.lr, fused=True)
+    on_gpu = torch.device(config.device).type == "cuda"
+    torch.backends.cudnn.benchmark = on_gpu
+    probes.optimiser.param_groups[0]["capturable"] = on_gpu
+    optimiser = torch.optim.Adam(trained, torch.tensor(config.lr, device=config.device), fused=True, capturable=on_gpu)
     return images, limits, learner, probes, {"optimiser": optimiser, "probe_optimiser": probes.optimiser}
 
 
@@ -545,11 +592,12 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     frozen = Frozen(learner.model, images, config.device)
     log = runs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None
     steps = len(images.train) // config.batch
+    step = Step(config, images, limits, learner, probes, optimisers)
     bar = runs.progress(left * steps * lead, f"{config.mode} {config.variant}")
     try:
         for epoch in range(len(history), config.epochs):
             clock = time.perf_counter()
-            row = {"epoch": epoch + 1} | train_epoch(config, learner, probes, optimisers["optimiser"], images, limits, epoch, bar.update)
+            row = {"epoch": epoch + 1} | train_epoch(config, step, epoch, bar.update)
             spent += time.perf_counter() - clock
             if not lead:
                 history.append(row)

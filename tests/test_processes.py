@@ -21,9 +21,9 @@ for kind in ("single", "double"):
         train.make_views = lambda *a: views(*a).double()
     for variant, overrides in ({"original": {}} | ({"teacherless": {"rate_on": "projector"}} if kind == "double" else {})).items():
         c = train.make_config("multi", variant, "quick", device="cpu", overrides={"width": 4, "n_train": 64, "n_test": 32, "batch": 64, "epochs": STEPS, "precision": "float32"} | overrides)
-        images, limits, learner, probes, optimisers = train.prepare(c)
-        rows = [train.train_epoch(c, learner, probes, optimisers["optimiser"], images, limits, e) for e in range(c.epochs)]  # one step each
-        found[f"{kind} {variant}"] = [r["loss"] for r in rows] + [float(p.detach().square().sum()) for p in probes.parameters()]
+        step = train.Step(c, *train.prepare(c))
+        rows = [train.train_epoch(c, step, e) for e in range(c.epochs)]  # one step each
+        found[f"{kind} {variant}"] = [r["loss"] for r in rows] + [float(p.detach().square().sum()) for p in step.probes.parameters()]
 if processes.first():
     open(sys.argv[1], "w").write(json.dumps(found))
 """.replace("STEPS", str(STEPS))
