@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqjepa_nb import runs, sweep, train
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"matrix rate": 10, "steps": 40, "waits": 10, "recording": 30, "layout": 30, "precision": 60, "profile": 20, "compile": 150}
+SECONDS = {"matrix rate": 10, "compile": 100, "steps": 40, "waits": 10, "recording": 40, "layout": 30, "search": 20, "precision": 60, "profile": 20}
 """What each measurement is thought to take; a guess until a GPU has answered."""
 TINY = {"width": 16, "n_train": 64, "n_test": 64, "batch": 16}  # not narrower: see train.memory_layout
 
@@ -55,6 +55,10 @@ class Bench:
         best = min(self.epoch(config, step, i) for i in (1, 2))
         return config.n_train // config.batch * config.batch * config.views / best, warm, step
 
+    def as_run(self, step, preset):
+        """Let a step of few digits do as a whole run of the preset does."""
+        step.compiles = step.records and not self.tiny and train.compiling_pays(train.make_config(preset=preset, device=self.device))
+
     def product(self, dtype):
         """Operations a second of one large product of matrices."""
         n = 256 if self.tiny else 8192
@@ -73,13 +77,13 @@ class Bench:
         return {"bfloat16": self.product(torch.bfloat16), "float32": self.product(torch.float32)}
 
     def steps_(self):
-        """Views a second, share of the matrix rate measured in this call, peak memory."""
+        """Of the loop as a whole run has it: views a second, share of the matrix rate measured in this call, peak memory, whether the encoder is compiled."""
         found = {}
         for preset in self.presets:
             config = self.config(preset)
             if self.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            rate, _, step = self.views_per_s(config)
+            rate, _, step = self.views_per_s(config, lambda step: self.as_run(step, preset))
             peak = runs.peak_mb(self.device)
             pick = torch.arange(config.batch, device=self.device)
             p = train.draw_poses(config, config.batch, step.limits, train.epoch_generator(config, 0))
@@ -88,7 +92,7 @@ class Bench:
             operations = counter.get_total_flops() / (config.batch * config.views)
             product = self.product(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
             found[preset] = {"batch": config.batch, "width": config.width, "precision": config.precision, "views_per_s": rate, "operations_per_view": operations,
-                             "matrix_rate": product, "share": rate * operations / product, "peak_mb": peak}
+                             "matrix_rate": product, "share": rate * operations / product, "peak_mb": peak, "compiled": step.compiles}
         return found
 
     def waits(self):
@@ -127,6 +131,10 @@ class Bench:
         return {preset: {name: self.views_per_s(self.config(preset), lambda step: step.learner.to(memory_format=form))[0]
                          for name, form in (("default", torch.contiguous_format), ("channels last", torch.channels_last))} for preset in self.presets}
 
+    def search(self):
+        """Views a second with cuDNN's own choice of how to convolve, and with the best it finds."""
+        return {preset: {name: self.views_per_s(self.config(preset), lambda step: setattr(step, "searches", on))[0] for name, on in (("chosen", False), ("searched", True))} for preset in self.presets}
+
     def precision(self):
         """The loss of each epoch of a short run: float32 with two seeds, bfloat16 with one of them."""
         found = {}
@@ -140,6 +148,7 @@ class Bench:
         """Where the time goes: the operations that take most of it."""
         config = self.config(self.presets[-1])
         step = train.Step(config, *train.prepare(config))
+        self.as_run(step, config.preset)
         self.epoch(config, step, 0)
         kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (self.device == "cuda")
         with torch.profiler.profile(activities=kinds) as seen:
@@ -150,16 +159,17 @@ class Bench:
         return {"preset": config.preset, "rows": [{"operation": e.key[:80], "calls": e.count, "share": spent(e) / whole} for e in rows[:15]]}
 
     def compile(self):
-        """Views a second with the encoder compiled and not, both recorded, and how long compiling takes."""
+        """Views a second with the encoder compiled and not, both recorded; how long compiling takes, and once more with what the first time has left on the disk."""
         found = {}
         for preset in self.presets:
-            def change(step):
-                for net in (step.learner.model.encoder, step.learner.model.teacher):
-                    net.compile(backend="eager" if self.tiny else "inductor")
-            plain, plain_warm, _ = self.views_per_s(self.config(preset))
-            torch.compiler.reset()
-            compiled, warm, _ = self.views_per_s(self.config(preset), change)
-            found[preset] = {"plain": plain, "compiled": compiled, "compiling_s": warm - plain_warm}
+            compiled = lambda step: setattr(step, "compiles", step.records)
+            plain, warm, _ = self.views_per_s(self.config(preset))
+            took = []
+            for _ in range(2):
+                torch.compiler.reset()
+                rate, first, _ = self.views_per_s(self.config(preset), compiled)
+                took.append(first - warm)
+            found[preset] = {"plain": plain, "compiled": rate, "compiling_s": took[0], "again_s": took[1]}
         return found
 
 
@@ -175,7 +185,7 @@ def main(arguments=None):
     given, begun = parser.parse_args(arguments), time.time()
     left = lambda: given.budget - (time.time() - begun)
     bench = Bench(given.device, given.tiny)
-    measures = {"matrix rate": bench.matrix_rate, "steps": bench.steps_, "waits": bench.waits, "recording": bench.recording, "layout": bench.layout, "precision": bench.precision, "profile": bench.profile, "compile": bench.compile}
+    measures = {"matrix rate": bench.matrix_rate, "compile": bench.compile, "steps": bench.steps_, "waits": bench.waits, "recording": bench.recording, "layout": bench.layout, "search": bench.search, "precision": bench.precision, "profile": bench.profile}
     there = given.device == "cpu" or torch.cuda.is_available()
     file = given.out / "speed.json"
     found = json.loads(file.read_text()) if file.exists() else {}

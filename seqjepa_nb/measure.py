@@ -7,10 +7,14 @@ __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'AHEAD', 'in_chunks', 'show_
            'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from joblib import Parallel, delayed
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from . import probes, subspace
@@ -88,7 +92,7 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
     held = probe_data(encode, images.test, limits, seed + 1, aggregate)
     label, label_held = images.train_labels[:n].cpu(), images.test_labels.cpu()
 
-    factors, sweeps, bases = {}, {}, {}
+    factors, sweeps, bases, tasks = {}, {}, {}, {}
     z0 = in_chunks(encode, anchors)
     for f in MODES[mode]:
         values = subspace.sweep_values(f, limits)
@@ -101,21 +105,27 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
         rest, rest_held = (subspace.project_out(d["z"], bases[f]) for d in (fit, held))
         for name, a, b, kind in (("r2", fit["z"], held["z"], "ridge"), ("r2_mlp", fit["z"], held["z"], "mlp"),
                                  ("r2_complement", rest, rest_held, "ridge"), ("r2_complement_mlp", rest, rest_held, "mlp")):
-            factors[f][name] = probes.frozen_r2(a, y, b, y_held, kind)
+            tasks[f, name] = delayed(probes.frozen_r2)(a, y, b, y_held, kind)
         if cyclic:
             half = subspace.half_turn(z)
             factors[f]["half_turn"] = {images.classes[c]: float(half[label_held[:ANCHORS] == c].nanmean()) for c in label_held[:ANCHORS].unique().tolist()}
-        factors[f]["class_subspace"] = probes.frozen_accuracy(fit["z"] @ bases[f], label, held["z"] @ bases[f], label_held, "mlp")
+        tasks[f, "class_subspace"] = delayed(probes.frozen_accuracy)(fit["z"] @ bases[f], label, held["z"] @ bases[f], label_held, "mlp")
 
     names = list(bases)
-    found = {"factors": factors,
-             "overlap": {f"{f}-{g}": float(subspace.overlap(bases[f], bases[g])) for i, f in enumerate(names) for g in names[i + 1:]},
-             "class_z": probes.frozen_accuracy(fit["z"], label, held["z"], label_held, "logistic"),
-             "class_z_mlp": probes.frozen_accuracy(fit["z"], label, held["z"], label_held, "mlp")}
-    if aggregate is not None:
-        for name in ("z_agg", "z_agg_identity"):
-            found[f"class_{name}"] = probes.frozen_accuracy(fit[name], label, held[name], label_held, "logistic")
+    found = {"factors": factors, "overlap": {f"{f}-{g}": float(subspace.overlap(bases[f], bases[g])) for i, f in enumerate(names) for g in names[i + 1:]}}
+    for name, kind in (("z", "logistic"), ("z_mlp", "mlp"), *((n, "logistic") for n in ("z_agg", "z_agg_identity") if aggregate is not None)):
+        z = name.removesuffix("_mlp")
+        tasks["", f"class_{name}"] = delayed(probes.frozen_accuracy)(fit[z], label, held[z], label_held, kind)
+    for (f, name), value in zip(tasks, _at_once(list(tasks.values()))):
+        (factors[f] if f else found)[name] = value
     return found, sweeps
+
+
+def _at_once(tasks):
+    """Results of joblib's tasks, as many at once as torch has threads; each has one, so that their number changes no result."""
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return Parallel(torch.get_num_threads(), prefer="threads")(tasks)
 
 # %% ../nbs/12_measure.ipynb #40c59434
 AHEAD = 5

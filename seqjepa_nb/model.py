@@ -78,7 +78,7 @@ class ViTEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         grid = self.patches(x)  # (n, d, h/4, w/4)
-        tokens = grid.flatten(2).transpose(1, 2) + _places(*grid.shape[2:], self.dim).to(grid)
+        tokens = grid.flatten(2).transpose(1, 2) + _places(*grid.shape[2:], self.dim, grid.device).to(grid)
         return self.blocks(tokens).mean(1)
 
 
@@ -90,10 +90,10 @@ class CRATEEncoder(ViTEncoder):
         self.blocks = nn.Sequential(*(CRATEBlock(self.dim) for _ in range(8)), nn.LayerNorm(self.dim))
 
 
-def _places(h, w, d):
+def _places(h, w, d, device):
     """Sines and cosines of row and column, (h*w, d)."""
-    frequency = 100 ** (-torch.arange(d // 4) / (d // 4))
-    row, column = (torch.arange(n)[:, None] * frequency for n in (h, w))  # (h, d/4), (w, d/4)
+    frequency = 100 ** (-torch.arange(d // 4, device=device) / (d // 4))  # made there: a recorded step takes nothing from the host
+    row, column = (torch.arange(n, device=device)[:, None] * frequency for n in (h, w))  # (h, d/4), (w, d/4)
     row, column = row[:, None].expand(h, w, -1), column.expand(h, w, -1)
     return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], -1).flatten(0, 1)
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'TITLES', 'CHOICES', 'RATES', 'PARAMETERS', 'Config', 'fast_bfloat16', 'make_config',
            'epoch_generator', 'draw_poses', 'make_views', 'Learner', 'rate_of', 'pose_loss', 'loss_of', 'rate_at',
-           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'crate_report', 'autocast', 'Step',
-           'train_epoch', 'own_action', 'ahead', 'measured', 'estimate_minutes', 'memory_layout', 'prepare',
-           'folder_name', 'fit', 'fit_with']
+           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'crate_report', 'autocast',
+           'compiling_pays', 'Step', 'train_epoch', 'own_action', 'ahead', 'measured', 'estimate_minutes',
+           'memory_layout', 'prepare', 'folder_name', 'fit', 'fit_with']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
 import copy
@@ -371,10 +371,15 @@ def autocast(config: Config):
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
+def compiling_pays(config: Config) -> bool:
+    """Whether the encoder's compilation earns its time back: from some four million views on."""
+    return config.encoder == "resnet" and config.epochs * config.n_train * config.views >= 4_000_000
+
+
 class Step:
     """One step of training, everything in it: `step(pick, poses)` returns the losses `names`, (1 + parts,).
 
-    On a GPU it is recorded as a CUDA graph at its fourth call and replayed from then on. Several processes, and a learned generator (`torch.matrix_exp` asks the device for numbers), go on without.
+    On a GPU it is recorded as a CUDA graph at its fourth call and replayed from then on; in a long run the encoder is compiled first. Several processes, and a learned generator (`torch.matrix_exp` asks the device for numbers), go on without.
 
     Parameters
     ----------
@@ -386,7 +391,9 @@ class Step:
     def __init__(self, config: Config, images, limits, learner: Learner, probes: OnlineProbes, optimisers: dict):
         self.config, self.images, self.limits, self.learner, self.probes, self.optimiser = config, images, limits, learner, probes, optimisers["optimiser"]
         self.names, self.calls, self.graph = ("loss",), 0, None
+        self.searches = True  # cuDNN tries out its ways to convolve: a step has few shapes, measurements have many
         self.records = torch.device(config.device).type == "cuda" and processes.count() == 1 and config.group != "generator"
+        self.compiles = self.records and compiling_pays(config)
 
     def once(self, pick: Tensor, p: Tensor) -> Tensor:
         """Train on the images `pick` (b,) in their poses `p` (b, v, 4)."""
@@ -406,10 +413,17 @@ class Step:
 
     def __call__(self, pick: Tensor, p: Tensor) -> Tensor:
         """See the class."""
+        torch.backends.cudnn.benchmark = self.searches
+        losses = self.once(pick, p) if not self.records else self._recorded(pick, p)
+        torch.backends.cudnn.benchmark = False
+        return losses
+
+    def _recorded(self, pick, p):
         self.calls += 1
-        if not self.records:
-            return self.once(pick, p)
+        model = self.learner.model
         if self.graph is None and self.calls <= 3:  # beside the main stream, as recording wants it
+            if self.compiles and self.calls == 1:
+                model.encode, model.look_ahead = torch.compile(model.encode), torch.compile(model.look_ahead)
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
@@ -420,6 +434,8 @@ class Step:
             self.given, self.graph = (pick.clone(), p.clone()), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.said = self.once(*self.given)
+            if self.compiles:  # the recording has it; measurements go on without
+                del model.encode, model.look_ahead
         for mine, new in zip(self.given, (pick, p)):
             mine.copy_(new)
         self.graph.replay()
@@ -499,18 +515,16 @@ def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, a
     return found, blocks, figures
 
 
-def estimate_minutes(config: Config, learner: Learner, images, limits, epochs: int) -> float:
-    """Minutes that `epochs` epochs will take, from two timed steps on a throw-away copy."""
-    copied, n = copy.deepcopy(learner).train(), min(config.batch, len(images.train))
-    p = sample_poses(n, config.views, limits, torch.Generator(config.device).manual_seed(0))
-    for i in range(3):
-        if i == 1:
+def estimate_minutes(config: Config, images, epochs: int) -> float:
+    """Minutes that `epochs` epochs will take, from two timed steps of a throw-away learner, after some that warm up."""
+    step = Step(config, *prepare(config, images))
+    step.compiles, warm = False, 5 if step.records else 1
+    p = draw_poses(config, config.batch, step.limits, epoch_generator(config, 0))
+    step.learner.train()
+    for i in range(warm + 2):
+        if i == warm:
             start = time.perf_counter()
-        with autocast(config):
-            out = copied(make_views(images, processes.part(torch.arange(n, device=p.device)), processes.part(p), limits), relative_action(p[:, :-1], p[:, 1:]))
-            loss, _ = loss_of(config, copied, out, p, images.train_labels[:n])
-        loss.backward()
-        loss.item()
+        step(torch.arange(config.batch, device=p.device), p).tolist()
     return (time.perf_counter() - start) / 2 * (config.n_train // config.batch) * epochs / 60
 
 
@@ -521,9 +535,9 @@ def memory_layout(model: nn.Module, device: str) -> torch.memory_format:
     return torch.contiguous_format if narrow and device == "cpu" else torch.channels_last
 
 
-def prepare(config: Config) -> tuple:
-    """Images on the device, ranges, learner, probes and the two optimisers of a run, as they are before the first epoch."""
-    images = load_images(config.dataset, config.n_train, config.n_test).to(config.device)
+def prepare(config: Config, images=None) -> tuple:
+    """Images on the device (loaded unless given), ranges, learner, probes and the two optimisers of a run, as they are before the first epoch."""
+    images = images or load_images(config.dataset, config.n_train, config.n_test).to(config.device)
     limits = ranges(config.mode, natural=images.source.startswith("cifar10"))
     torch.manual_seed(config.seed)
     learner = Learner(config, len(images.classes))
@@ -537,7 +551,6 @@ def prepare(config: Config) -> tuple:
     probes = OnlineProbes(learner.model.dim, learner.model.agg_dim, len(images.classes)).to(config.device)
     trained = [p for p in learner.parameters() if p.requires_grad]
     on_gpu = torch.device(config.device).type == "cuda"
-    torch.backends.cudnn.benchmark = on_gpu
     probes.optimiser.param_groups[0]["capturable"] = on_gpu
     optimiser = torch.optim.Adam(trained, torch.tensor(config.lr, device=config.device), fused=True, capturable=on_gpu)
     return images, limits, learner, probes, {"optimiser": optimiser, "probe_optimiser": probes.optimiser}
@@ -586,7 +599,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     left = config.epochs - len(history)
     say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source})")
     if left:
-        minutes = estimate_minutes(config, learner, images, limits, left)
+        minutes = estimate_minutes(config, images, left)
         say(f"training will take {f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, then the measurements")
 
     frozen = Frozen(learner.model, images, config.device)
@@ -594,6 +607,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     steps = len(images.train) // config.batch
     step = Step(config, images, limits, learner, probes, optimisers)
     bar = runs.progress(left * steps * lead, f"{config.mode} {config.variant}")
+    kept, kept_at, cost = len(history), time.perf_counter(), 0.0
     try:
         for epoch in range(len(history), config.epochs):
             clock = time.perf_counter()
@@ -607,12 +621,14 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
             runs.log_history(log, history[-1], epoch + 1)
             if (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs:
                 runs.log_figures(log, draw(frozen, images, config, limits, arrays), epoch + 1)
-            runs.save_state(state_file, pack(learner, probes, optimisers),
-                            {"history": history, "train_s": spent, "wandb_id": log.id})
+            if (clock := time.perf_counter()) - kept_at >= 10 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
+                runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "train_s": spent, "wandb_id": log.id})
+                kept, kept_at = epoch + 1, time.perf_counter()
+                cost = kept_at - clock
             runs.write_history(folder, history)
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
     except KeyboardInterrupt:
-        say(f"\ninterrupted: {len(history)} of {config.epochs} epochs are kept in {folder}. The same command goes on from there.")
+        say(f"\ninterrupted: {kept} of {config.epochs} epochs are kept in {folder}. The same command goes on from there.")
         raise
     finally:
         bar.close()

@@ -23,19 +23,19 @@ def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
     command = ["--device", "cpu", "--tiny", "--out", str(tmp_path / "out"), "--runs-dir", str(tmp_path / "runs"), "--sweep", str(grid)]
     assert gpu.main([*command, "--budget", "0"]) == 0  # no time at all: a plan, and a clean end
     said = capsys.readouterr().out
-    assert "8 of 8 measurements to make" in said and "Left: matrix rate, steps" in said and "0 of 1 runs finished" in said, said
+    assert "9 of 9 measurements to make" in said and "Left: matrix rate, compile" in said and "0 of 1 runs finished" in said, said
     assert gpu.main(command) == 0
     said = capsys.readouterr().out
     assert "1 of 1 runs finished" in said and "Left" not in said, said
     found = json.loads((tmp_path / "out" / "speed.json").read_text())
-    assert {"card", "matrix rate", "steps", "recording", "layout", "precision", "profile", "compile", "runs"} <= set(found)
+    assert {"card", "matrix rate", "steps", "recording", "layout", "search", "precision", "profile", "compile", "runs"} <= set(found)
     quick = found["steps"]["quick"]  # no bound on the share: on a busy machine the two rates are of different moments
     assert quick["views_per_s"] > 0 and quick["operations_per_view"] > 1e6 and quick["share"] == pytest.approx(quick["views_per_s"] * quick["operations_per_view"] / quick["matrix_rate"])
     assert len(found["profile"]["rows"]) == 15 and sum(r["share"] for r in found["profile"]["rows"]) <= 1.001
     assert found["precision"]["float32"] != found["precision"]["float32, another seed"] and found["precision"]["bfloat16"] == pytest.approx(found["precision"]["float32"], abs=0.2)
     monkeypatch.setattr(gpu.sweep, "start", None)  # nothing may be started again
     assert gpu.main(command) == 0
-    assert "0 of 8 measurements to make, about 0 min: none" in capsys.readouterr().out
+    assert "0 of 9 measurements to make, about 0 min: none" in capsys.readouterr().out
     (tmp_path / "out" / "speed.json").write_text(json.dumps(found | {"card": "another"}))
     assert gpu.main(command) == 1 and "another device" in capsys.readouterr().err
 
@@ -61,5 +61,5 @@ def test_a_step_neither_asks_the_device_nor_sends_it_numbers(monkeypatch):
 def test_without_a_gpu_it_says_what_it_would_do(tmp_path, gpu, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 1
     shown = capsys.readouterr()
-    assert "8 of 8 measurements" in shown.out and "no GPU here" in shown.err and "make gpu BUDGET=600" in shown.err
+    assert "9 of 9 measurements" in shown.out and "no GPU here" in shown.err and "make gpu BUDGET=600" in shown.err
     assert not list(tmp_path.iterdir())
