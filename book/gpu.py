@@ -133,7 +133,13 @@ class Bench:
 
     def search(self):
         """Views a second with cuDNN's own choice of how to convolve, and with the best it finds."""
-        return {preset: {name: self.views_per_s(self.config(preset), lambda step: setattr(step, "searches", on))[0] for name, on in (("chosen", False), ("searched", True))} for preset in self.presets}
+        found = {preset: {} for preset in self.presets}
+        for preset in self.presets:
+            for name, on in (("chosen", False), ("searched", True)):
+                torch.backends.cudnn.benchmark = on
+                found[preset][name] = self.views_per_s(self.config(preset))[0]
+        torch.backends.cudnn.benchmark = False
+        return found
 
     def precision(self):
         """The loss of each epoch of a short run: float32 with two seeds, bfloat16 with one of them."""
@@ -204,7 +210,7 @@ def main(arguments=None):
     known = sweep.known_runs(jobs.runs_dir)
     print(f"then {sweep.total(sweep.plan(jobs, known), jobs.at_once)}" + (f". Budget: {given.budget:g} s." if given.budget < math.inf else "."), flush=True)
     found["card"] = card
-    found["environment"] = {"torch": torch.__version__, "cuda": torch.version.cuda, "commit": runs.commit()}
+    found["environment"] = found.get("environment", {}) | {"torch": torch.__version__, "cuda": torch.version.cuda}
     late, broken = [], []
     for name in todo:
         if left() < (1 if given.tiny else SECONDS[name]):
@@ -213,6 +219,7 @@ def main(arguments=None):
         start = time.time()
         try:
             found[name] = measures[name]()
+            found["environment"] |= {f"commit of {name}": runs.commit()}
         except Exception as error:  # one measurement that fails stops no other; it is tried again next time
             broken.append(name)
             print(f"{name}: failed, {type(error).__name__}: {error}", flush=True)

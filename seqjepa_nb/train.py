@@ -391,7 +391,6 @@ class Step:
     def __init__(self, config: Config, images, limits, learner: Learner, probes: OnlineProbes, optimisers: dict):
         self.config, self.images, self.limits, self.learner, self.probes, self.optimiser = config, images, limits, learner, probes, optimisers["optimiser"]
         self.names, self.calls, self.graph = ("loss",), 0, None
-        self.searches = True  # cuDNN tries out its ways to convolve: a step has few shapes, measurements have many
         self.records = torch.device(config.device).type == "cuda" and processes.count() == 1 and config.group != "generator"
         self.compiles = self.records and compiling_pays(config)
 
@@ -413,13 +412,9 @@ class Step:
 
     def __call__(self, pick: Tensor, p: Tensor) -> Tensor:
         """See the class."""
-        torch.backends.cudnn.benchmark = self.searches
-        losses = self.once(pick, p) if not self.records else self._recorded(pick, p)
-        torch.backends.cudnn.benchmark = False
-        return losses
-
-    def _recorded(self, pick, p):
         self.calls += 1
+        if not self.records:
+            return self.once(pick, p)
         model = self.learner.model
         if self.graph is None and self.calls <= 3:  # beside the main stream, as recording wants it
             if self.compiles and self.calls == 1:
