@@ -82,7 +82,8 @@ def _turned(plane, sin, cos):
 def act(pose: Tensor, action: Tensor, factors, slow: float = 0.0) -> Tensor:
     """Move pose codes (..., p) by relative actions (..., 5); with `slow`, shifts and changes of log-scale turn circles by so many radians for each unit."""
     parts = [_turned(pose[..., :2], action[..., 0], action[..., 1])] if "rotation" in factors else []
-    others, by = pose[..., 2 * len(parts):], action[..., [1 + FACTORS.index(f) for f in factors if f != "rotation"]]
+    columns = [1 + FACTORS.index(f) for f in factors if f != "rotation"]
+    others, by = pose[..., 2 * len(parts):], torch.cat([action[..., :0], *(action[..., i:i + 1] for i in columns)], -1)
     moved = _turned(others.unflatten(-1, (-1, 2)), (slow * by).sin(), (slow * by).cos()).flatten(-2) if slow and by.shape[-1] else others + by
     return torch.cat([*parts, moved], -1)
 

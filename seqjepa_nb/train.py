@@ -372,8 +372,8 @@ def autocast(config: Config):
 
 
 def compiling_pays(config: Config) -> bool:
-    """Whether the encoder's compilation earns its time back: from some four million views on."""
-    return config.encoder == "resnet" and config.epochs * config.n_train * config.views >= 4_000_000
+    """Whether a run is long enough for its encoder's compilation to earn its time back; see [where the time goes](40_speed.ipynb)."""
+    return config.encoder == "resnet" and config.epochs * config.n_train * config.views >= 9_000_000
 
 
 class Step:

@@ -1,4 +1,5 @@
 """`make gpu` on the CPU at a size that means nothing: the plan, the budget, going on, and the refusal without a GPU."""
+import dataclasses
 import importlib.util
 import json
 
@@ -6,6 +7,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @pytest.fixture()
@@ -63,3 +67,56 @@ def test_without_a_gpu_it_says_what_it_would_do(tmp_path, gpu, capsys):
     shown = capsys.readouterr()
     assert "9 of 9 measurements" in shown.out and "no GPU here" in shown.err and "make gpu BUDGET=600" in shown.err
     assert not list(tmp_path.iterdir())
+
+
+class Crossings(TorchDispatchMode):
+    """Names the operations that bring tensors of two devices together: on a GPU, what a recording refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if len({t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor) and t.dim()}) > 1:
+            self.seen.add(str(func))
+        return out
+
+
+def test_every_variant_can_be_recorded(monkeypatch):
+    """Up to its loss, on tensors that only pretend to be on a GPU (a backward pass wants a real one); numbers asked of the device raise there."""
+    from seqjepa_nb import train
+    from seqjepa_nb.images import load_images
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
+    digits = load_images("mnist", 64, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True), Crossings() as crossings:  # what it is there to find
+        x = torch.zeros(2, 3, device="cuda")
+        x[:, [0, 2]], x + torch.arange(3).to(x)
+        assert crossings.seen == {"aten._to_copy.default"}
+        with pytest.raises(Exception, match="local_scalar"):
+            x.sum().item()
+    for mode, variant in [("rotation", v) for v in train.VARIANTS] + [("multi", v) for v in ("original", "torus_phase", "torus_circles", "supervised")]:
+        config = train.make_config(mode, variant, "quick", device="cpu", overrides={"n_train": 64, "n_test": 64, "batch": 16, "precision": "float32"})
+        _, limits, learner, probes, _ = train.prepare(config, digits)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            learner, probes = learner.to("cuda"), probes.to("cuda")
+            probes.optimiser, optimiser = (torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True, capturable=True) for net in (probes, learner))
+            step = train.Step(dataclasses.replace(config, device="cuda"), digits.to("cuda"), limits, learner, probes, {"optimiser": optimiser})
+            learner.train()
+            with Crossings() as crossings:
+                step.once(torch.zeros(16, dtype=torch.long, device="cuda"), torch.zeros(16, 4, 4, device="cuda"))
+        assert not crossings.seen, (mode, variant, crossings.seen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("variant", ["original", "torus_phase", "lifted_torus_phase", "vit"])
+def test_a_recorded_step_is_the_same_step(variant):
+    from seqjepa_nb import train
+    losses = []
+    for on in (False, True):
+        config = train.make_config("rotation", variant, "quick", device="cuda", overrides=TINY | {"n_train": 256, "precision": "float32"})
+        step = train.Step(config, *train.prepare(config))
+        step.records = on
+        losses.append([train.train_epoch(config, step, e)["loss"] for e in range(2)])
+        assert (step.graph is not None) == on
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
