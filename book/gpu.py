@@ -162,7 +162,7 @@ class Bench:
         spent = lambda e: e.self_device_time_total if self.device == "cuda" else e.self_cpu_time_total
         rows = sorted(seen.key_averages(), key=spent, reverse=True)
         whole = sum(map(spent, rows))
-        return {"preset": config.preset, "rows": [{"operation": e.key[:80], "calls": e.count, "share": spent(e) / whole} for e in rows[:15]]}
+        return {"preset": config.preset, "rows": [{"operation": e.key[:80], "calls": e.count, "share": spent(e) / whole} for e in rows[:60]]}
 
     def compile(self):
         """Views a second with the encoder compiled and not, both recorded; how long compiling takes, and once more with what the first time has left on the disk."""

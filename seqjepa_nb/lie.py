@@ -13,6 +13,7 @@ import itertools
 import math
 import time
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -236,14 +237,16 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     def _check(self, pixels):
         least = {"templates": 1, "torus": 1, "planes": 1, "multiplicity": 1, "grid": 3, "steps": 1, "batch": 1, "neighbours": 1, "pair_epochs": 0, "restarts": 1, "restart_epochs": 1, "epochs": 0, "seed": 0}
         for name, low in least.items():
-            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool) or getattr(self, name) < low:
+            if not isinstance(getattr(self, name), Integral) or isinstance(getattr(self, name), bool) or getattr(self, name) < low:
                 raise ValueError(f"{name} is a whole number of at least {low}, not {getattr(self, name)!r}")
-        number = lambda name, good: isinstance(getattr(self, name), (int, float)) and not isinstance(getattr(self, name), bool) and math.isfinite(getattr(self, name)) and good(getattr(self, name))
+        number = lambda name, good: isinstance(getattr(self, name), Real) and not isinstance(getattr(self, name), bool) and math.isfinite(getattr(self, name)) and good(getattr(self, name))
         for names, good, what in ((("sigma", "start"), lambda v: v > 0, "above 0"), (("sparsity", "jitter"), lambda v: v >= 0, "of at least 0"), (("memory",), lambda v: 0 <= v < 1, "of at least 0 and below 1")):
             for name in names:
                 if not number(name, good):
                     raise ValueError(f"{name} is a number {what}, not {getattr(self, name)!r}")
-        if self.reach is not None and (not isinstance(self.reach, int) or self.reach < 1):
+        if self.torus > 3:
+            raise ValueError(f"torus is 1, 2 or 3, not {self.torus}: the posterior's grid has grid ** torus points")
+        if self.reach is not None and (not isinstance(self.reach, Integral) or isinstance(self.reach, bool) or self.reach < 1):
             raise ValueError(f"reach is a whole number of at least 1, or None, not {self.reach!r}")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is float32 or float64, not {self.dtype!r}")
@@ -252,7 +255,10 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     def _rows(self, X, name="X"):
         """Images (m, ...) as rows (m, D) on the device, checked."""
-        x = torch.as_tensor(X)
+        try:
+            x = torch.as_tensor(X)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: an array of numbers expected, not {type(X).__name__}") from error
         if x.ndim < 2 or not len(x):
             raise ValueError(f"{name}: images (m, D), (m, h, w) or (m, 1, h, w) expected, not {tuple(x.shape)}")
         x = x.to(resolve_device(self.device), getattr(torch, self.dtype)).flatten(1)

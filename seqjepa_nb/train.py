@@ -373,7 +373,7 @@ def autocast(config: Config):
 
 def compiling_pays(config: Config) -> bool:
     """Whether a run is long enough for its encoder's compilation to earn its time back; see [where the time goes](40_speed.ipynb)."""
-    return config.encoder == "resnet" and config.epochs * config.n_train * config.views >= 9_000_000
+    return config.encoder == "resnet" and config.epochs * config.n_train * config.views >= 10_000_000
 
 
 class Step:

@@ -35,7 +35,7 @@ def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
     assert {"card", "matrix rate", "steps", "recording", "layout", "search", "precision", "profile", "compile", "runs"} <= set(found)
     quick = found["steps"]["quick"]  # no bound on the share: on a busy machine the two rates are of different moments
     assert quick["views_per_s"] > 0 and quick["operations_per_view"] > 1e6 and quick["share"] == pytest.approx(quick["views_per_s"] * quick["operations_per_view"] / quick["matrix_rate"])
-    assert len(found["profile"]["rows"]) == 15 and sum(r["share"] for r in found["profile"]["rows"]) <= 1.001
+    assert 15 < len(found["profile"]["rows"]) <= 60 and sum(r["share"] for r in found["profile"]["rows"]) <= 1.001
     assert found["precision"]["float32"] != found["precision"]["float32, another seed"] and found["precision"]["bfloat16"] == pytest.approx(found["precision"]["float32"], abs=0.2)
     monkeypatch.setattr(gpu.sweep, "start", None)  # nothing may be started again
     assert gpu.main(command) == 0
