@@ -10,7 +10,6 @@ __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'TITLES', 'CHOICES', 'RATES', 'PARAME
            'memory_layout', 'prepare', 'folder_name', 'fit', 'fit_with']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
-import copy
 import dataclasses
 import math
 import os
