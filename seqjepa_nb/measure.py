@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'KINDS', 'AHEAD', 'in_chunks', 'show_views', 'probe_data', 'controlled',
-           'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'unimposed']
+           'bring_up', 'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
 from collections.abc import Callable
@@ -26,8 +26,9 @@ CHUNK = 256
 
 
 def in_chunks(f, *tensors: Tensor) -> Tensor:
-    """`f` over rows, a chunk at a time; the results joined on the CPU in float32."""
-    return torch.cat([f(*(t[i:i + CHUNK] for t in tensors)).float().cpu() for i in range(0, len(tensors[0]), CHUNK)])
+    """`f` over rows, a chunk at a time (four where the rows are on a GPU); the results joined on the CPU in float32."""
+    n = CHUNK * (4 if tensors[0].is_cuda else 1)
+    return torch.cat([f(*(t[i:i + n] for t in tensors)) for i in range(0, len(tensors[0]), n)]).float().cpu()
 
 
 def show_views(images: Tensor, poses: Tensor, limits: Ranges) -> Tensor:
@@ -124,10 +125,27 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
 KINDS = {"": "ridge", "_mlp": "mlp"}
 
 
-def _starter():
-    """What starts a probe, each on one thread, so that their number changes no result: at once, or, where torch has four threads or more, in as many processes, which take seconds to come up."""
+def _pool():
+    """As many processes as torch has threads, one thread each; None for fewer than four."""
     n = min(torch.get_num_threads(), cpu_count())
-    pool = get_reusable_executor(n, env=dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")) if n >= 4 else None
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return (get_reusable_executor(n, timeout=300, env=one), n) if n >= 4 else (None, 1)
+
+
+def bring_up():
+    """Start the processes in which frozen probes are fitted, which takes seconds, beside what goes on; nothing where they are fitted one after the other."""
+    pool, n = _pool()
+    for _ in range(n if pool else 0):
+        pool.submit(_ready)
+
+
+def _ready():
+    """Sent to a process, so that it imports what this module does."""
+
+
+def _starter():
+    """What starts a probe, each on one thread, so that their number changes no result: in a process of its own where there are some, else at once."""
+    pool, _ = _pool()
 
     def start(probe, *data):
         if pool:

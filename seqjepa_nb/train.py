@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'TITLES', 'CHOICES', 'RATES', 'PARAMETERS', 'Config', 'fast_bfloat16', 'make_config',
            'epoch_generator', 'draw_poses', 'make_views', 'Learner', 'rate_of', 'pose_loss', 'loss_of', 'rate_at',
-           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'crate_report', 'autocast',
+           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'rewind', 'crate_report', 'autocast',
            'compiling_pays', 'Step', 'train_epoch', 'own_action', 'ahead', 'measured', 'estimate_minutes',
            'memory_layout', 'prepare', 'folder_name', 'fit', 'fit_with']
 
@@ -296,10 +296,11 @@ def published(config: Config, frozen: Frozen, probes: OnlineProbes, images, limi
     poses = test_sequences(config, images, limits)
     seen = poses[:, :-1]
     z = measure.in_chunks(lambda i, p: frozen.encode(measure.show_views(i, p, limits)), images.test, seen)  # (n, v-1, d)
-    z_agg = measure.in_chunks(frozen.aggregate, z, seen)
-    on = next(probes.parameters()).device
-    numbers = probes.score(z.to(on), z_agg.to(on), images.test_labels, relative_action(seen[:, :-1], seen[:, 1:]).to(on))
-    return numbers | subspace.published_subspace(z[:, 0], z[:, 1], z_agg), (z, z_agg, poses)
+    there = z.to(frozen.device)  # where its probes and spectra are quickest
+    z_agg = measure.in_chunks(frozen.aggregate, there, seen)
+    agg = z_agg.to(frozen.device)
+    numbers = probes.score(there, agg, images.test_labels, relative_action(seen[:, :-1], seen[:, 1:]).to(frozen.device))
+    return numbers | subspace.published_subspace(there[:, 0], there[:, 1], agg), (z, z_agg, poses)
 
 # %% ../nbs/08_train.ipynb #49e6238e
 def draw(frozen: Frozen, images, config: Config, limits, arrays) -> dict:
@@ -318,12 +319,16 @@ def draw(frozen: Frozen, images, config: Config, limits, arrays) -> dict:
     return figures
 
 # %% ../nbs/08_train.ipynb #0242a7ff
-def pack(learner: nn.Module, probes: nn.Module, optimisers: dict) -> dict:
-    """All tensors of a run's state by name."""
+def _state(learner, probes, optimisers):
     found = {f"learner/{k}": v for k, v in learner.state_dict().items()} | {f"probes/{k}": v for k, v in probes.state_dict().items()}
     for name, optimiser in optimisers.items():
         found |= {f"{name}/{i}/{k}": v for i, state in optimiser.state_dict()["state"].items() for k, v in state.items()}
-    return {k: v.detach().clone().contiguous() for k, v in found.items()}
+    return found
+
+
+def pack(learner: nn.Module, probes: nn.Module, optimisers: dict) -> dict:
+    """All tensors of a run's state by name."""
+    return {k: v.detach().clone().contiguous() for k, v in _state(learner, probes, optimisers).items()}
 
 
 def unpack(tensors: dict, learner: nn.Module, probes: nn.Module, optimisers: dict):
@@ -338,6 +343,13 @@ def unpack(tensors: dict, learner: nn.Module, probes: nn.Module, optimisers: dic
             as_param = value.shape == params[i].shape  # moments lie in memory as their parameters do
             state.setdefault(i, {})[what] = torch.empty_like(params[i]).copy_(value) if as_param else value
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def rewind(tensors: dict, learner: nn.Module, probes: nn.Module, optimisers: dict):
+    """Undo steps: the tensors of `pack` into the very memory that a recorded step works on; what an optimiser has begun to keep since is zero again."""
+    for name, now in _state(learner, probes, optimisers).items():
+        now.copy_(tensors[name]) if name in tensors else now.zero_()
 
 # %% ../nbs/08_train.ipynb #0da3ca1e
 def crate_report(config: Config, learner: Learner, images, limits) -> dict:
@@ -509,17 +521,19 @@ def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, a
     return found, blocks, figures
 
 
-def estimate_minutes(config: Config, images, epochs: int) -> float:
-    """Minutes that `epochs` epochs will take, from two timed steps of a throw-away learner, after some that warm up."""
-    step = Step(config, *prepare(config, images))
-    step.compiles, warm = False, 5 if step.records else 1
+def estimate_minutes(step: Step, optimisers: dict, epochs: int) -> float:
+    """Minutes that `epochs` epochs will take, from two timed steps after some that warm up; then all is as it was before, but that the step may be recorded."""
+    config, warm = step.config, 5 if step.records else 1
+    before = pack(step.learner, step.probes, optimisers)
     p = draw_poses(config, config.batch, step.limits, epoch_generator(config, 0))
     step.learner.train()
     for i in range(warm + 2):
         if i == warm:
             start = time.perf_counter()
         step(torch.arange(config.batch, device=p.device), p).tolist()
-    return (time.perf_counter() - start) / 2 * (config.n_train // config.batch) * epochs / 60
+    took = (time.perf_counter() - start) / 2
+    rewind(before, step.learner, step.probes, optimisers)
+    return took * (config.n_train // config.batch) * epochs / 60
 
 
 def memory_layout(model: nn.Module, device: str) -> torch.memory_format:
@@ -590,16 +604,16 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     if lead:
         folder.mkdir(parents=True, exist_ok=True)
         runs.write_json(folder / "config.json", config.to_dict())
-    left = config.epochs - len(history)
+    left, step = config.epochs - len(history), Step(config, images, limits, learner, probes, optimisers)
     say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source})")
     if left:
-        minutes = estimate_minutes(config, images, left)
+        measure.bring_up()
+        minutes = estimate_minutes(step, optimisers, left)
         say(f"training will take {f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, then the measurements")
 
     frozen = Frozen(learner.model, images, config.device)
     log = runs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None
     steps = len(images.train) // config.batch
-    step = Step(config, images, limits, learner, probes, optimisers)
     bar = runs.progress(left * steps * lead, f"{config.mode} {config.variant}")
     kept, kept_at, cost = len(history), time.perf_counter(), 0.0
     try:
@@ -615,7 +629,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
             runs.log_history(log, history[-1], epoch + 1)
             if (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs:
                 runs.log_figures(log, draw(frozen, images, config, limits, arrays), epoch + 1)
-            if (clock := time.perf_counter()) - kept_at >= 10 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
+            if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
                 runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "train_s": spent, "wandb_id": log.id})
                 kept, kept_at = epoch + 1, time.perf_counter()
                 cost = kept_at - clock
