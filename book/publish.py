@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from seqjepa_nb import runs
+from seqjepa_nb import runs, viz
 from seqjepa_nb.train import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ def executed(path):
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         for output in cell.get("outputs", []):
             if picture := output.get("data", {}).get("image/png"):
-                output["data"]["image/png"] = base64.b64encode(runs.small_png(base64.b64decode(picture))).decode()
+                output["data"]["image/png"] = base64.b64encode(viz.small_png(base64.b64decode(picture))).decode()
     return found[1], notebook
 
 
@@ -72,7 +72,7 @@ def publish(path):
         if file.exists():
             shutil.copy(file, target)
     for file in source.glob("figures/*.png"):
-        (target / "figures" / file.name).write_bytes(runs.small_png(file.read_bytes()))
+        (target / "figures" / file.name).write_bytes(viz.small_png(file.read_bytes()))
     page = target / ("21_lie_baseline.ipynb" if "-lie" in name else "20_train.ipynb")
     notebook["cells"][0]["source"] = heading(name, json.loads((target / "config.json").read_text()), page.name).splitlines(keepends=True)
     runs.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")

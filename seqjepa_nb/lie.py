@@ -22,7 +22,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.metadata_routing import UNUSED
 from torch import Tensor
 
-from . import measure, probes, runs, subspace, viz
+from . import frozen, measure, runs, subspace, viz
 from .affine import MODES, Ranges, ranges, sample_poses, warp
 from .images import load_images, to_float
 from .runs import resolve_device
@@ -656,14 +656,14 @@ def yardstick(model: LieSparseCoder, images, mode: str, limits: Ranges, scale: f
     short, drawn = {}, {}
     for name in REPRESENTATIONS:
         fit, held = (measure.probe_data(encode[name], i, limits, seed + k) for k, i in enumerate((images.train[:n], images.test)))
-        found = {"class": probes.frozen_accuracy(fit["z"], label, held["z"], label_held, "logistic"), "factors": {}}
+        found = {"class": frozen.frozen_accuracy(fit["z"], label, held["z"], label_held, "logistic"), "factors": {}}
         for f in MODES.get(mode, ()):
             values, cyclic = subspace.sweep_values(f, limits), f == "rotation" and limits.full_circle
             anchors = to_float(images.test[:measure.ANCHORS])
             z = subspace.sweep(lambda x: measure.in_chunks(encode[name], x), anchors, f, values, limits.padding)
             report = subspace.factor_report(z, measure.in_chunks(encode[name], anchors), values, f, min(measure.K[f], z.shape[2]), cyclic)
             y, y_held = (measure.pose_targets(d["poses"], f) for d in (fit, held))
-            report["r2"] = probes.frozen_r2(fit["z"], y, held["z"], y_held)
+            report["r2"] = frozen.frozen_r2(fit["z"], y, held["z"], y_held)
             if name == "planes":
                 steps = sorted({max(1, round(len(values) * i / 8)) for i in range(1, 5)})
                 report["own_equivariance_error"], drawn[f] = own_error(model, z, steps, cyclic), (z, values)
@@ -779,7 +779,7 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
            "exemplars": dict(zip(map(str, digits), pick.unique().tolist())) if digits else {}, "alpha_scale": scale,
            "active": float((code[:, :model.templates] > 1e-3).float().sum(1).mean()), "representations": short}
     epochs = config.pair_epochs + config.restarts * config.restart_epochs + config.epochs
-    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, model.train_s_, epochs * len(views), began)
+    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, {"training": model.train_s_}, epochs * len(views), began)
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     runs.write_json(folder / "metrics.json", {"run": run, "controlled": main, "lie": lie, "environment": environment})
     log.summary.update(runs.plain({"controlled": main, "lie": lie}))

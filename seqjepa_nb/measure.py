@@ -4,21 +4,18 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'KINDS', 'AHEAD', 'in_chunks', 'show_views', 'probe_data', 'controlled',
-           'bring_up', 'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'unimposed']
+           'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
-from joblib import cpu_count
-from joblib.externals.loky import get_reusable_executor
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from . import probes, subspace
+from . import frozen, subspace
 from .affine import MODES, Ranges, pose_targets, sample_poses, warp
+from .beside import Beside
 from .images import ImageSet, to_float
 
 # %% ../nbs/12_measure.ipynb #2152deda
@@ -93,7 +90,7 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
     held = probe_data(encode, images.test, limits, seed + 1, aggregate)
     label, label_held = images.train_labels[:n].cpu(), images.test_labels.cpu()
 
-    start, read, told = _starter(), probes.frozen_r2, probes.frozen_accuracy
+    start, read, told = Beside(torch.get_num_threads()), frozen.frozen_r2, frozen.frozen_accuracy
     by_class = {"z": ("z", "logistic"), "z_mlp": ("z", "mlp")} | {n: (n, "logistic") for n in ("z_agg", "z_agg_identity") if aggregate is not None}
     classes = {f"class_{name}": start(told, fit[z], label, held[z], label_held, kind) for name, (z, kind) in by_class.items()}
     poses = {f: (pose_targets(fit["poses"], f), pose_targets(held["poses"], f)) for f in MODES[mode]}
@@ -123,38 +120,6 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
 
 
 KINDS = {"": "ridge", "_mlp": "mlp"}
-
-
-def _pool():
-    """As many processes as torch has threads, one thread each; None for fewer than four."""
-    n = min(torch.get_num_threads(), cpu_count())
-    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return (get_reusable_executor(n, timeout=300, env=one), n) if n >= 4 else (None, 1)
-
-
-def bring_up():
-    """Start the processes in which frozen probes are fitted, which takes seconds, beside what goes on; nothing where they are fitted one after the other."""
-    pool, n = _pool()
-    for _ in range(n if pool else 0):
-        pool.submit(_ready)
-
-
-def _ready():
-    """Sent to a process, so that it imports what this module does."""
-
-
-def _starter():
-    """What starts a probe, each on one thread, so that their number changes no result: in a process of its own where there are some, else at once."""
-    pool, _ = _pool()
-
-    def start(probe, *data):
-        if pool:
-            return pool.submit(probe, *(d.numpy() if isinstance(d, Tensor) else d for d in data))
-        done = Future()
-        with threadpool_limits(1):
-            done.set_result(probe(*data))
-        return done
-    return start
 
 # %% ../nbs/12_measure.ipynb #40c59434
 AHEAD = 5

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KINDS', 'IDENTITY', 'SIZES', 'WANDB_MODES', 'find_root', 'published_root', 'run_name', 'resolve_device',
            'check_choices', 'request', 'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json',
-           'small_png', 'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb',
+           'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'Laps',
            'environment', 'Run', 'read_run', 'finished_run', 'read_runs', 'select', 'flatten', 'table', 'show',
-           'mean_sd', 'mean_tree', 'over_seeds', 'commands', 'start_wandb', 'log_history', 'log_figures', 'Terminal',
-           'terminal', 'say', 'progress']
+           'mean_sd', 'mean_tree', 'over_seeds', 'commands', 'start_wandb', 'log_history', 'log_figures', 'Logbook',
+           'Terminal', 'terminal', 'say', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -22,6 +22,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -36,6 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+
+from .viz import render
 
 # %% ../nbs/07_runs.ipynb #6b69e1cf
 def find_root() -> Path:
@@ -182,19 +185,10 @@ def write_json(path, value):
     write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
 
 
-def small_png(png: bytes) -> bytes:
-    """The same picture with 256 colours: enough for a figure, at a third of the size."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
-    return buffer.getvalue()
-
-
 def write_figure(path, figure, dpi: int = 100):
-    """Write a matplotlib figure as a PNG of 256 colours, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    """Write a matplotlib figure, or what `viz.render` made of one, as a PNG of 256 colours, whole or not at all."""
     with replacing(path) as part:
-        part.write_bytes(small_png(buffer.getvalue()))
+        part.write_bytes(figure if isinstance(figure, bytes) else render(lambda: figure, dpi=dpi))
 
 
 def write_history(folder, rows: list):
@@ -261,7 +255,19 @@ def peak_mb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def environment(device, data_source: str, n_train: int, n_test: int, started: float, train_s: float, views: int, code: str | None = None) -> dict:
+class Laps(dict):
+    """Seconds by what they went into: `laps("training")` adds those since the call before."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def __call__(self, what: str):
+        now = time.perf_counter()
+        self[what] = self.get(what, 0.0) + now - self.last
+        self.last = now
+
+
+def environment(device, data_source: str, n_train: int, n_test: int, started: float, seconds: dict, views: int, code: str | None = None) -> dict:
     """The `environment` part of a run's metrics.
 
     Parameters
@@ -274,8 +280,8 @@ def environment(device, data_source: str, n_train: int, n_test: int, started: fl
         How many images it saw.
     started : float
         `time.time()` at its beginning.
-    train_s : float
-        Seconds inside the training loop.
+    seconds : dict
+        Seconds by what they went into, of all processes that the run took; `training` are those inside the training loop.
     views : int
         Views trained on in that time.
     code : str, optional
@@ -284,13 +290,14 @@ def environment(device, data_source: str, n_train: int, n_test: int, started: fl
     Returns
     -------
     dict
-        With versions, commit, `peak_mb` (MiB), `wall_s`, `train_s` (seconds), `views_per_s` (None without training) and the time (UTC).
+        With versions, commit, `peak_mb` (MiB), `wall_s`, `train_s` and all of `seconds`, `views_per_s` (None without training) and the time (UTC).
     """
+    train_s = seconds.get("training", 0.0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "sklearn": sklearn.__version__, "platform": f"{platform.system()} {platform.machine()}", "cores": cores, "commit": code or commit(),
             "data": data_source, "train_images": n_train, "test_images": n_test, "peak_mb": round(peak_mb(device), 1),
-            "wall_s": round(time.time() - started, 1), "train_s": round(train_s, 1),
+            "wall_s": round(time.time() - started, 1), "train_s": round(train_s, 1), "seconds": {k: round(v, 1) for k, v in seconds.items()},
             "views_per_s": round(views / train_s, 1) if views and train_s else None,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -529,14 +536,33 @@ def log_history(run, row: dict, step: int):
 
 
 def log_figures(run, figures: dict, step: int):
-    """Log matplotlib figures by name, as PNG pictures `viz/<name>`."""
+    """Log matplotlib figures by name, or what `viz.render` made of them, as PNG pictures `viz/<name>`."""
     import wandb
-    pictures = {}
-    for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        pictures[f"viz/{name}"] = wandb.Image(Image.open(buffer))
-    run.log(pictures, step=step)
+    pngs = {name: figure if isinstance(figure, bytes) else render(lambda: figure) for name, figure in figures.items()}
+    run.log({f"viz/{name}": wandb.Image(Image.open(io.BytesIO(png))) for name, png in pngs.items()}, step=step)
+
+
+class Logbook:
+    """A W&B log that is written in the order of its steps, though some pictures are still being drawn: rows wait for those before them.
+
+    `book(row, step, pictures)` takes an epoch's numbers and the futures of its pictures by name.
+    """
+
+    def __init__(self, run):
+        self.run, self.waiting = run, deque()
+
+    def __call__(self, row: dict, step: int, pictures: dict):
+        self.waiting.append((row, step, pictures))
+        self.flush(wait=False)
+
+    def flush(self, wait: bool = True):
+        """Log what is there, or, if it is to `wait`, all."""
+        while self.waiting and (wait or all(p.done() for p in self.waiting[0][2].values())):
+            row, step, pictures = self.waiting.popleft()
+            log_history(self.run, row, step)
+            if pictures:
+                log_figures(self.run, {name: p.result() for name, p in pictures.items()}, step)
+
 
 # %% ../nbs/07_runs.ipynb #a77aa82a
 class Terminal(io.TextIOBase):

@@ -35,7 +35,7 @@ def _spread(x, dim):
 
 def _energies(c):
     gram = c.mT @ c if c.shape[-2] > c.shape[-1] else c @ c.mT
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)  # descending
+    return torch.linalg.eigvalsh(gram.cpu()).flip(-1).clamp_min(0)  # descending; the product is for a GPU, what follows is small
 
 
 def spectrum(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'TITLES', 'CHOICES', 'RATES', 'PARAMETERS', 'Config', 'fast_bfloat16', 'make_config',
            'epoch_generator', 'draw_poses', 'make_views', 'Learner', 'rate_of', 'pose_loss', 'loss_of', 'rate_at',
-           'Frozen', 'test_sequences', 'published', 'draw', 'pack', 'unpack', 'rewind', 'crate_report', 'autocast',
-           'compiling_pays', 'Step', 'train_epoch', 'own_action', 'ahead', 'measured', 'estimate_minutes',
+           'Frozen', 'test_sequences', 'published', 'draw', 'drawn', 'pack', 'unpack', 'rewind', 'crate_report',
+           'autocast', 'compiling_pays', 'Step', 'train_epoch', 'own_action', 'ahead', 'measured', 'estimate_minutes',
            'memory_layout', 'prepare', 'folder_name', 'fit', 'fit_with']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import measure, processes, runs, subspace, viz
 from .affine import MODES, pose_targets, ranges, relative_action, sample_poses, warp, wrap
+from .beside import Beside, bring_up
 from .crate import block_report, blocks_of, head_energy
 from .images import load_images, normalise, to_float
 from .model import AGGREGATORS, ENCODERS, PREDICTORS, SeqJEPA
@@ -304,19 +305,26 @@ def published(config: Config, frozen: Frozen, probes: OnlineProbes, images, limi
 
 # %% ../nbs/08_train.ipynb #49e6238e
 def draw(frozen: Frozen, images, config: Config, limits, arrays) -> dict:
-    """The figures of a run by name, from the test sequences' `arrays` and a few sweeps."""
+    """What a run's figures show, from the test sequences' `arrays` and a few sweeps: name -> (function of `viz`, its data)."""
     z, z_agg, poses = arrays
     few = to_float(images.test[:12])
     values = {f: subspace.sweep_values(f, limits) for f in MODES[config.mode]}
     sweeps = {f: (subspace.sweep(lambda x: measure.in_chunks(frozen.encode, x), few, f, v, limits.padding), v) for f, v in values.items()}
     deltas = z[:, 1] - z[:, 0]
     alone = {f"{f} alone": (s - s[:, v.abs().argmin(), None]).flatten(0, 1) for f, (s, v) in sweeps.items()}
-    figures = {"combined_trajectories": viz.combined_trajectories(sweeps),
-               "eigs_rot": viz.eigs_rot({name: subspace.spectrum(d) for name, d in ({"all test deltas": deltas} | alone).items()}),
-               "rank_monitor": viz.rank_monitor({"z": subspace.spectrum(z[:, 0]), "z_agg": subspace.spectrum(z_agg)})}
+    spectra = lambda named: {name: subspace.spectrum(d.to(frozen.device)).numpy() for name, d in named.items()}
+    figures = {"combined_trajectories": (viz.combined_trajectories, {f: (s.numpy(), v.numpy()) for f, (s, v) in sweeps.items()}),
+               "eigs_rot": (viz.eigs_rot, spectra({"all test deltas": deltas} | alone)),
+               "rank_monitor": (viz.rank_monitor, spectra({"z": z[:, 0], "z_agg": z_agg}))}
     if "rotation" in sweeps:
-        figures |= {"sweep_traj_rot": viz.sweep_traj_rot(*sweeps["rotation"]), "rotation_circle": viz.rotation_circle(deltas, poses[:, 1, 0])}
+        figures |= {"sweep_traj_rot": (viz.sweep_traj_rot, *sweeps["rotation"]), "rotation_circle": (viz.rotation_circle, deltas, poses[:, 1, 0])}
     return figures
+
+
+def drawn(figures: dict, threads: int) -> dict:
+    """Futures of the PNGs of figures as `draw` returns them, by name; `threads` as for `Beside`."""
+    beside = Beside(threads)
+    return {name: beside(viz.render, *figure) for name, figure in figures.items()}
 
 # %% ../nbs/08_train.ipynb #0242a7ff
 def _state(learner, probes, optimisers):
@@ -502,7 +510,7 @@ def ahead(config: Config, learner: Learner, frozen: Frozen, images, limits) -> d
 
 
 def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, arrays) -> tuple:
-    """The controlled numbers of a trained learner, what its CRATE blocks do (empty without blocks), and its figures by name."""
+    """The controlled numbers of a trained learner, what its CRATE blocks do (empty without blocks), and what its figures show, as `draw` returns it."""
     found, sweeps = measure.controlled(frozen.encode, images, config.mode, limits, frozen.aggregate, own_action(config, learner))
     if config.epochs and config.objective == "predict":
         found["ahead"] = ahead(config, learner, frozen, images, limits)
@@ -510,14 +518,14 @@ def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, a
         found["generator"] = learner.generator.to("cpu").spectrum(arrays[0][:, 1, :learner.model.pose_dim])
     figures, blocks = draw(frozen, images, config, limits, arrays), crate_report(config, learner, images, limits)
     if limits.full_circle:
-        figures["class_circles"] = viz.class_circles(sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
+        figures["class_circles"] = (viz.class_circles, sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
     if len(names := list(sweeps)) > 1:
         shared = lambda f, g: found["overlap"].get(f"{f}-{g}", found["overlap"].get(f"{g}-{f}", 1.0))
-        figures["overlap_heatmap"] = viz.overlap_heatmap([[shared(f, g) for g in names] for f in names], names)
+        figures["overlap_heatmap"] = (viz.overlap_heatmap, [[shared(f, g) for g in names] for f in names], names)
     if "x" in sweeps:
-        figures["translation_lines"] = viz.translation_lines(sweeps["x"][0], sweeps["y"][0], sweeps["x"][1], sweeps["y"][1])
+        figures["translation_lines"] = (viz.translation_lines, sweeps["x"][0], sweeps["y"][0], sweeps["x"][1], sweeps["y"][1])
     if blocks:
-        figures["head_heatmap"] = viz.head_heatmap(blocks["heads"], blocks["layers"])
+        figures["head_heatmap"] = (viz.head_heatmap, blocks["heads"], blocks["layers"])
     return found, blocks, figures
 
 
@@ -586,19 +594,20 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     -------
     runs.Run
     """
-    started, code = time.time(), runs.commit()
+    started, laps, code = time.time(), runs.Laps(), runs.commit()
     processes.join(torch.device(config.device).type)
-    lead = processes.first()
+    lead, spare = processes.first(), torch.get_num_threads() if torch.device(config.device).type == "cuda" else 1  # a CPU that trains has no core to spare
     folder = Path(runs_dir) / folder_name(config)
     say = lambda text: lead and runs.say(text)
     if (there := runs.finished_run(folder, config.to_dict(), say)) is not None:
         return there
     images, limits, learner, probes, optimisers = prepare(config)
-    state_file, history, spent, wandb_id = folder / "state.safetensors", [], 0.0, None
+    state_file, history, wandb_id = folder / "state.safetensors", [], None
     if state_file.exists():
         tensors, meta = runs.load_state(state_file)
         unpack(tensors, learner, probes, optimisers)
-        history, spent, wandb_id = meta["history"], meta["train_s"], meta["wandb_id"]
+        history, wandb_id = meta["history"], meta["wandb_id"]
+        laps.update(meta["seconds"])
         say(f"{folder.name}: going on after epoch {len(history)}")
     processes.wait()  # all have looked at the folder before anything is written
     if lead:
@@ -607,33 +616,36 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     left, step = config.epochs - len(history), Step(config, images, limits, learner, probes, optimisers)
     say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source})")
     if left:
-        measure.bring_up()
+        bring_up(spare)
         minutes = estimate_minutes(step, optimisers, left)
         say(f"training will take {f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, then the measurements")
 
     frozen = Frozen(learner.model, images, config.device)
     log = runs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None
+    book = runs.Logbook(log)
     steps = len(images.train) // config.batch
     bar = runs.progress(left * steps * lead, f"{config.mode} {config.variant}")
     kept, kept_at, cost = len(history), time.perf_counter(), 0.0
+    laps("start")
     try:
         for epoch in range(len(history), config.epochs):
-            clock = time.perf_counter()
             row = {"epoch": epoch + 1} | train_epoch(config, step, epoch, bar.update)
-            spent += time.perf_counter() - clock
+            laps("training")
             if not lead:
                 history.append(row)
                 continue
             numbers, arrays = published(config, frozen, probes, images, limits)
             history.append(row | numbers)
-            runs.log_history(log, history[-1], epoch + 1)
-            if (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs:
-                runs.log_figures(log, draw(frozen, images, config, limits, arrays), epoch + 1)
+            laps("evaluation")
+            due = (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs
+            book(history[-1], epoch + 1, drawn(draw(frozen, images, config, limits, arrays), spare) if due else {})
+            laps("figures")
             if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
-                runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "train_s": spent, "wandb_id": log.id})
+                runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "seconds": laps, "wandb_id": log.id})
                 kept, kept_at = epoch + 1, time.perf_counter()
                 cost = kept_at - clock
             runs.write_history(folder, history)
+            laps("saving")
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
     except KeyboardInterrupt:
         say(f"\ninterrupted: {kept} of {config.epochs} epochs are kept in {folder}. The same command goes on from there.")
@@ -647,16 +659,22 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
         return runs.read_run(folder)
 
     say("measuring" + ("" if config.epochs else " (no training)"))
-    numbers, arrays = published(config, frozen, probes, images, limits)
+    if not left:
+        numbers, arrays = published(config, frozen, probes, images, limits)
     found, blocks, figures = measured(config, learner, frozen, images, limits, arrays)
-    for name, figure in figures.items():
-        runs.write_figure(folder / "figures" / f"{name}.png", figure)
-    runs.log_figures(log, figures, max(1, config.epochs))
+    laps("measuring")
+    pictures = {name: picture.result() for name, picture in drawn(figures, spare).items()}
+    for name, picture in pictures.items():
+        runs.write_figure(folder / "figures" / f"{name}.png", picture)
+    book.flush()
+    runs.log_figures(log, pictures, max(1, config.epochs))
+    laps("figures")
     if history:
         runs.write_history(folder, history)
     learner.model.save_pretrained(folder)
+    laps("saving")
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
-    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, spent,
+    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
                                    config.epochs * steps * config.batch * config.views, code)
     last = {"loss": history[-1]["loss"]} if history else {}
     runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "environment": environment})
