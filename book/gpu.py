@@ -1,6 +1,6 @@
 """`make gpu`: everything that needs a GPU. Measures the training loop, then trains `sweeps/gpu.yml`; what is there already is not done again.
 
-Measurements go to `book/runs/gpu/speed.json`, each as soon as it is made; the runs to `runs/`, to be published with book/publish.py.
+Measurements go to `book/runs/gpu/speed.json`, each as soon as it is made; the runs, whose files say where their seconds went, to `runs/`, to be published with book/publish.py.
 The budget is in seconds, for measurements and runs together. Without a GPU, `--device cpu --tiny` goes the same way at a size that means nothing.
 """
 import argparse
@@ -225,10 +225,9 @@ def main(arguments=None):
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
     torch.cuda.empty_cache()
     states = sweep.run_sweep(jobs, known, budget=left()) if left() > 0 else {j.folder.name: sweep.stands(j)[0] for j in jobs.jobs}
-    found["runs"] = {r.name: {k: r.metrics["environment"][k] for k in ("wall_s", "train_s", "views_per_s", "peak_mb")} for r in sweep.known_runs(jobs.runs_dir) if r.name in states}
     runs.write_json(file, found)
     open_ = [n for n, s in states.items() if s != "finished"]
-    print(f"{len(found['runs'])} of {len(states)} runs finished; measurements in {file}.")
+    print(f"{len(states) - len(open_)} of {len(states)} runs finished; measurements in {file}.")
     if late or broken or open_:
         print(f"Left: {', '.join(late + broken + open_)}. The same command goes on.")
     return int(bool(broken) or any(s.startswith("failed") for s in states.values()))
