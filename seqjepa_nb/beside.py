@@ -40,8 +40,9 @@ class Beside:
 
     def __init__(self, threads: int):
         self.pool, self.written = _pool(threads), {}
-        self.folder = Path(tempfile.mkdtemp(prefix="beside-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        if self.pool:
+            self.folder = Path(tempfile.mkdtemp(prefix="beside-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def _put(self, x):
         if not hasattr(x, "shape"):
