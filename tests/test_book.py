@@ -72,6 +72,12 @@ def test_every_notebook_run_and_module_has_a_chapter():
     assert (notebooks | runs | modules) - listed == set()
 
 
+def test_published_runs_name_no_folder_of_the_machine_they_ran_on():
+    pages = list(BOOK.glob("runs/*/*.ipynb"))
+    assert len(pages) > 10
+    assert not {f"{p.parent.name}: {found}" for p in pages for found in re.findall(r"[\"' (](/(?:home|root|tmp|work|opt|usr|mnt|data)/[^\\\"' ]*)", p.read_text())}
+
+
 NUMBER = re.compile(r"(?<![\w.,/-])[-−]?\d+\.\d+(?![\w./])")
 SETTING = {"3.11", "3.12", "0.996", "0.1307", "0.3081"}  # versions of Python; decay of the moving average; mean and deviation of MNIST
 
