@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
+import geoopt
 import torch
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -178,12 +179,8 @@ def infer_alpha(torus: Torus, a: Tensor, v: Tensor, sigma: float, sparsity: floa
 # %% ../nbs/09_lie.ipynb #1e2db57a
 def polar(x: Tensor, like: Tensor) -> Tensor:
     """The matrix with orthonormal columns (D, m) that is nearest to x (D, m); a small part of `like` decides where x leaves it open."""
-    x = (x * (x.shape[1] ** 0.5 / x.norm().clamp_min(1e-30)) + 1e-3 * like).double()
-    values, vectors = torch.linalg.eigh(x.mT @ x)
-    q = x @ (vectors * values.clamp_min(1e-10 * values[-1]).rsqrt()) @ vectors.mT
-    for _ in range(2):
-        q = q @ (1.5 * torch.eye(q.shape[1], dtype=q.dtype, device=q.device) - 0.5 * (q.mT @ q))
-    return q.to(like)
+    x = x * (x.shape[1] ** 0.5 / x.norm().clamp_min(1e-30)) + 1e-3 * like
+    return geoopt.EuclideanStiefel().projx(x.cpu()).to(like)  # a singular value decomposition: an affair of the CPU
 
 
 class LieSparseCoder(TransformerMixin, BaseEstimator):

@@ -121,7 +121,7 @@ TITLES = {
     "teacherless": "no teacher, tuned on CIFAR-10", "teacherless_original": "original, no teacher", "teacherless_normalised": "normalised rate on z_agg, no teacher", "teacherless_no_rate": "no rate, no teacher",
     "vicreg": "VICReg", "sigreg": "SIGReg", "lifted": "lifted encoder", "vit": "ViT encoder",
     "crate_aggregator": "CRATE aggregator", "crate_alpha": "CRATE-α aggregator", "crate_predictor": "CRATE predictor", "crate": "CRATE aggregator and predictor", "crate_encoder": "CRATE encoder",
-    "torus": "known action", "torus_phase": "known action, shared phase", "torus_circles": "known action, shared phase, all on circles", "generator": "learned generator", "inferred": "steady motion, no action in the pose loss", "lifted_torus_phase": "lifted, known action",
+    "torus": "known action", "torus_phase": "known action, shared phase", "torus_circles": "known action, shared phase, all on circles", "generator": "learned generator", "inferred": "steady motion, no action in the pose loss", "lifted_torus_phase": "lifted, known action, shared phase",
     "supervised": "with labels (reference)", "random": "untrained encoder", "pixels": "pixels (PCA)",
 }
 """What each variant is called in tables and figures."""
