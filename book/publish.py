@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from seqjepa_nb import runs, viz
+from seqjepa_nb import measure, runs, viz
 from seqjepa_nb.train import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,9 @@ def heading(name, config, notebook):
     about = f"{config['mode'].capitalize().replace('_', ' and ')}: {titles[config['variant']]}" + "".join(f", {k} {v}" for k, v in changed.items()) + ("" if config["dataset"] == "mnist" else f", {config['dataset']}") + ("" if config["preset"] == "small" else f", {config['preset']}") + (f", seed {config['seed']}" if config["seed"] else "")
     asked = " ".join(f"-p {k} {config[k]}" for k in ("mode", "variant", "preset", "dataset", "seed"))
     more = ' -y "{overrides: ' + json.dumps(changed).replace('"', "") + '}"' if changed else ""
-    told = " The baseline gets **no action labels**, while seq-JEPA is given the relative actions." if "lie" in config["variant"] else ""
+    told = (" The baseline gets **no action labels**, while seq-JEPA is given the relative actions." if "lie" in config["variant"] else
+            " Its shares in two dimensions differ because what is moved differs: `subspace_ev_rot_2` of the history, and *all test deltas* in the figure of the spectrum, are about changes between two poses of a test sequence, with all that moves in this mode; "
+            f"the controlled `ev` and the Finding are about one factor of {measure.ANCHORS} test digits, moved from the identity pose; pictures of turning digits, and *rotation alone* in that figure, show a few of these.")
     return f"# {about}\n\n> `{name}`, made by `papermill nbs/{notebook} out.ipynb {asked}{more}`\n\nA published run, shown as it ran. What the numbers mean: [one protocol for every model](../../nbs/12_measure.ipynb).{told}"
 
 

@@ -202,6 +202,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.runs.Logbook.flush': ('runs.html#logbook.flush', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run': ('runs.html#run', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.changes': ('runs.html#run.changes', 'seqjepa_nb/runs.py'),
+                                 'seqjepa_nb.runs.Run.changes_in_words': ('runs.html#run.changes_in_words', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.finished': ('runs.html#run.finished', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.name': ('runs.html#run.name', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.Run.overridden': ('runs.html#run.overridden', 'seqjepa_nb/runs.py'),

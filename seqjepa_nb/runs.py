@@ -331,6 +331,12 @@ class Run:
         """Those values, as the end of the folder's name says them."""
         return self.name.removeprefix(run_name(self.config)).strip("-").replace("-", ", ")
 
+    @property
+    def changes_in_words(self) -> str:
+        """The same for a reader: "content rate weight 0.003"."""
+        known = {f"{k}{v}": f"{k.replace('_', ' ')} {v}" for k, v in self.config.items()}
+        return ", ".join(known.get(c, c) for c in self.changes.split(", "))
+
 
 def _read(path, read, default):
     if not path.exists():

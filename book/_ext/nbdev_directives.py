@@ -1,4 +1,4 @@
-"""Let Sphinx read nbdev notebooks: `#|` lines become cell tags and disappear from the page."""
+"""Let Sphinx read nbdev notebooks: `#|` lines become cell tags and disappear from the page; long names in a table's heads may break."""
 import json
 import re
 
@@ -43,7 +43,14 @@ def plain_sentence(app, what, name, obj, options, lines):
         lines.insert(0, "")
 
 
+def breakable_heads(app, pagename, templatename, context, doctree):
+    """Sphinx event: let the names in the heads of tables go on in the next line after an underscore."""
+    if body := context.get("body"):
+        context["body"] = re.sub(r"(<th(?: [^>]*)?>)([^<]+)(?=</th>)", lambda m: m[1] + m[2].replace("_", "_<wbr>"), body)
+
+
 def setup(app):
     app.connect("source-read", source_read)
+    app.connect("html-page-context", breakable_heads)
     app.connect("autodoc-process-docstring", plain_sentence, priority=400)
     return {"version": "1", "parallel_read_safe": True}
