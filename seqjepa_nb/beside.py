@@ -18,7 +18,7 @@ from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_limits
 
 # %% ../nbs/15_beside.ipynb #3107913b
-MOST = 8
+MOST = 16
 IDLE = 300
 
 
@@ -33,7 +33,7 @@ def _call(f, *data):
 
 
 class Beside:
-    """Calls functions on one thread each: at once, or, for four `threads` or more, in as many processes, eight at most.
+    """Calls functions on one thread each: at once, or, for four `threads` or more, in as many processes, sixteen at most.
 
     `beside(f, *data)` returns a `Future`, whose `result()` is that of `f(*data)`, its error too. Processes without work for five minutes end.
     """
