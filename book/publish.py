@@ -53,14 +53,13 @@ def heading(name, config, notebook):
 
 
 def list_chapter(name, page):
-    """Add the chapter to both tables of contents, behind the last published run, unless it is there."""
+    """Add the chapter to both tables of contents, unless it is there; published runs stand in the order of their names."""
     for file, entry, ahead in ((ROOT / "book" / "_toc.yml", f"      - file: runs/{name}/{page.stem}\n", "  - caption: Published runs\n    chapters:\n"),
                                (ROOT / "_quarto.yml", f"          - book/runs/{name}/{page.name}\n", "      - section: Published runs\n        contents:\n")):
         text = file.read_text()
-        if entry not in text:
-            known = [m.end() for m in re.finditer(r" +- (?:file: |book/)runs/.*\n", text)]
-            at = known[-1] if known else text.index(ahead) + len(ahead)
-            runs.write_text(file, text[:at] + entry + text[at:])
+        known = re.findall(r" +- (?:file: |book/)runs/.*\n", text)
+        head, tail = text.replace("".join(known), "").split(ahead)
+        runs.write_text(file, head + ahead + "".join(sorted({*known, entry})) + tail)
 
 
 def publish(path):
