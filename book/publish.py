@@ -68,19 +68,23 @@ def publish(path):
     source, target = path.parent / name, ROOT / "book" / "runs" / name
     if not runs.read_run(source).finished:
         sys.exit(f"{source} is not finished")
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "figures").mkdir(parents=True)
+    made = target.with_name(f".{name}.part")  # takes the place of what is published only once it is whole
+    shutil.rmtree(made, ignore_errors=True)
+    (made / "figures").mkdir(parents=True)
     for file in (source / "config.json", source / "metrics.json", source / "history.csv"):
         if file.exists():
-            shutil.copy(file, target)
+            shutil.copy(file, made)
     for file in source.glob("figures/*.png"):
-        (target / "figures" / file.name).write_bytes(viz.small_png(file.read_bytes()))
-    page = target / ("21_lie_baseline.ipynb" if "-lie" in name else "20_train.ipynb")
-    notebook["cells"][0]["source"] = heading(name, json.loads((target / "config.json").read_text()), page.name).splitlines(keepends=True)
+        (made / "figures" / file.name).write_bytes(viz.small_png(file.read_bytes()))
+    page = made / ("21_lie_baseline.ipynb" if "-lie" in name else "20_train.ipynb")
+    notebook["cells"][0]["source"] = heading(name, json.loads((made / "config.json").read_text()), page.name).splitlines(keepends=True)
     runs.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-    sizes = {f: f.stat().st_size for f in target.rglob("*") if f.is_file()}
+    sizes = {f: f.stat().st_size for f in made.rglob("*") if f.is_file()}
     if sum(sizes.values()) > LIMIT or any(s > FIGURE for f, s in sizes.items() if f.suffix == ".png"):
-        sys.exit(f"{target} is too large: {sum(sizes.values()) / 1e6:.2f} MB (a run may take 1 MB, a figure 150 kB)")
+        shutil.rmtree(made)
+        sys.exit(f"{name} is too large: {sum(sizes.values()) / 1e6:.2f} MB (a run may take 1 MB, a figure 150 kB)")
+    shutil.rmtree(target, ignore_errors=True)
+    made.rename(target)
     list_chapter(name, page)
     print(f"{target.relative_to(ROOT)}: {sum(sizes.values()) / 1000:.0f} kB")
 

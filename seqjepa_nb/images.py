@@ -9,6 +9,7 @@ __all__ = ['MNIST_STATS', 'CIFAR_STATS', 'MNIST_MD5', 'SUFFIXES', 'CIFAR_URL', '
 # %% ../nbs/00_images.ipynb #123889a6
 import hashlib
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +100,22 @@ def _mnist(root):
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
-def _read_image(path, mode):
+@contextmanager
+def _opened(path):
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert(mode))
+            yield image
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not a readable image ({error}). Remove or replace it.") from error
+
+
+def _read_image(path, mode):
+    with _opened(path) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError(f"{path} holds pixels whose range is not known (mode {image.mode}, 32 bits). Save it with 8 or 16 bits.")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.asarray(image.convert(mode))
 
 
 def _read_tree(top: Path, classes, mode):
@@ -135,8 +146,8 @@ def _folder(top: Path):
         raise ValueError(f"{top} is not a folder. `dataset` is 'mnist', 'cifar10' or the path of a folder of images by class.")
     split = (top / "train").is_dir() and (top / "test").is_dir()
     classes = _class_folders(top / "train" if split else top)
-    with Image.open(next(f for f in sorted((top / "train" if split else top).joinpath(classes[0]).iterdir()) if f.suffix.lower() in SUFFIXES)) as probe:
-        mode = "L" if probe.mode in ("L", "1", "I", "I;16") else "RGB"
+    with _opened(next(f for f in sorted((top / "train" if split else top).joinpath(classes[0]).iterdir()) if f.suffix.lower() in SUFFIXES)) as probe:
+        mode = "L" if probe.mode in ("L", "1") or probe.mode.startswith("I") else "RGB"
     if split:
         missing = set(classes) - set(_class_folders(top / "test"))
         if missing:

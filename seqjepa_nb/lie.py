@@ -17,6 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import geoopt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -252,27 +253,39 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     def _rows(self, X, name="X"):
         """Images (m, ...) as rows (m, D) on the device, checked."""
-        try:
-            x = torch.as_tensor(X)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name}: an array of numbers expected, not {type(X).__name__}") from error
+        if not isinstance(X, Tensor):
+            try:
+                array = np.asarray(X)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{name}: an array of numbers expected, not {type(X).__name__}") from error
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"{name}: an array of real numbers expected, not of {array.dtype}")
+            x = torch.from_numpy(np.ascontiguousarray(array, dtype=self.dtype))
+        elif (x := X).is_complex():
+            raise ValueError(f"{name}: an array of real numbers expected, not of {x.dtype}")
         if x.ndim < 2 or not len(x):
             raise ValueError(f"{name}: images (m, D), (m, h, w) or (m, 1, h, w) expected, not {tuple(x.shape)}")
         x = x.to(resolve_device(self.device), getattr(torch, self.dtype)).flatten(1)
         if not x.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
-        if not x.square().sum(1).isfinite().all():
+        size = x.square().sum(1)
+        if not size.isfinite().all() or (x.any(1) & (size < 1e-20)).any():
             raise ValueError(f"{name} holds numbers whose squares {self.dtype} cannot hold: bring images to a scale of about 1")
         if hasattr(self, "planes_") and x.shape[1] != len(self.planes_):
             raise ValueError(f"{name}: images of {len(self.planes_)} pixels were learned, these have {x.shape[1]}")
         return x
 
     def _ready(self):
-        """ValueError unless something was learned, with the parameters that are set."""
+        """ValueError unless something was learned, with the parameters that are set; follows a device, dtype or grid that was set since."""
         if not hasattr(self, "planes_"):
             raise ValueError("this LieSparseCoder has learned nothing yet: call fit first")
-        if self.planes_.shape[1] != 2 * self.planes or self.templates_.shape[1] != self.templates or self.omega_.shape[1] != self.torus:
-            raise ValueError(f"learned with planes = {self.planes_.shape[1] // 2}, templates = {self.templates_.shape[1]}, torus = {self.omega_.shape[1]}, which have been set to {self.planes}, {self.templates}, {self.torus} since: call fit again")
+        if changed := [n for n in self._shape if getattr(self, n) != self._shape[n]]:
+            raise ValueError(f"learned with {', '.join(f'{n} = {self._shape[n]}' for n in changed)}, set to {', '.join(str(getattr(self, n)) for n in changed)} since: call fit again")
+        before, place = self.planes_, dict(device=resolve_device(self.device), dtype=getattr(torch, self.dtype))
+        self.planes_, self.templates_ = before.to(**place), self.templates_.to(**place)
+        if self.planes_ is not before or self._torus.grid != self.grid:
+            self._sums = {}
+            self._frame(self.planes_)
 
     def _to_learn(self, X):
         """Rows on the device that can be learned from."""
@@ -296,6 +309,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     def _frame(self, x):
         self.omega_ = frequencies(self.torus, self.planes, self.multiplicity, self.reach).to(x.device)
         self._torus = Torus(self.omega_, self.grid)
+        self._shape = {n: getattr(self, n) for n in ("templates", "torus", "planes", "multiplicity", "reach")}
 
     def _begin_planes(self, x, seed):
         """Principal components of unit rows (m, D), in pairs, and each row's nearest others (m, neighbours)."""
@@ -369,7 +383,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         for name in ("planes_", "templates_"):
             vars(self).pop(name, None)
         x = self._to_learn(X)
-        self.image_shape_ = tuple(torch.as_tensor(X).shape[1:])
+        self.image_shape_ = tuple(np.shape(X)[1:])
         self._frame(x)
         rows = self._unit(x)[0]
         plan = [("pairs", -1, e) for e in range(self.pair_epochs)] + [("restart", r, e) for r in range(self.restarts) for e in range(self.restart_epochs)] + [("best", -1, e) for e in range(self.epochs)]
@@ -405,16 +419,18 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
                     self._keep(checkpoint, kept, rows)
         finally:
             bar.close()
-        self.planes_, self.templates_ = kept["planes"], kept["templates"]
+        self.planes_, self.templates_, self._sums = kept["planes"], kept["templates"], {}  # the sums are of what was trained last
         return self
 
     def _mark(self, x):
         """What tells one set of unit rows (m, D) from another, in the same order."""
-        return [*x.shape, float((x.double().sum(1) * torch.arange(1, len(x) + 1, device=x.device)).mean())]
+        g = torch.Generator().manual_seed(0)
+        row, column = (torch.randn(n, generator=g, dtype=torch.float64).to(x.device) for n in x.shape)
+        return [*x.shape, float(row @ x.double() @ column)]
 
     def _keep(self, path, kept, x):
         tensors = {"planes": self.planes_, "templates": self.templates_} | {f"sums/{k}": v for k, v in self._sums.items()} | {f"kept/{k}": v for k, v in kept.items()}
-        runs.save_state(path, tensors, {"history": self.history_, "restarts": self.restarts_, "train_s": self.train_s_, "params": self.get_params(), "images": self._mark(x)})
+        runs.save_state(path, tensors, {"history": self.history_, "restarts": self.restarts_, "seconds": {"training": self.train_s_}, "params": self.get_params(), "images": self._mark(x)})
 
     def _restore(self, path, x):
         tensors, meta = runs.load_state(path)
@@ -425,7 +441,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         tensors = {k: v.to(x) for k, v in tensors.items()}
         part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
         self.planes_, self.templates_, self._sums = tensors["planes"], tensors["templates"], part("sums/")
-        self.history_, self.restarts_, self.train_s_ = meta["history"], meta["restarts"], meta["train_s"]
+        self.history_, self.restarts_, self.train_s_ = meta["history"], meta["restarts"], meta["seconds"]["training"]
         return len(self.history_), part("kept/")
 
     def partial_fit(self, X, y=None):
@@ -435,7 +451,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         if hasattr(self, "planes_"):
             self._ready()
         else:
-            self.image_shape_, self.history_, self.restarts_ = tuple(torch.as_tensor(X).shape[1:]), [], []
+            self.image_shape_, self.history_, self.restarts_ = tuple(np.shape(X)[1:]), [], []
             self._frame(x)
             self._begin_planes(rows, self.seed)
             near = self._nearest(rows)
@@ -502,7 +518,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             rest = [(x - self._real(z) @ self.planes_.T).square().sum(1) for z in (self.act(u, self._torus.mode(c)), moments * u)]
             total += torch.stack([f.sum(), size.sum(), *(r.sum() for r in rest), (size / rest[1].clamp_min(1e-12)).sum()]).double().cpu()
         f, size, mode, mean, each = total.tolist()
-        return {"objective": f / len(torch.as_tensor(X)), "snr": size / max(mode, 1e-12), "snr_mean": size / max(mean, 1e-12), "snr_each": each / len(torch.as_tensor(X))}
+        return {"objective": f / len(X), "snr": size / max(mode, 1e-12), "snr_mean": size / max(mean, 1e-12), "snr_each": each / len(X)}
 
     def score(self, X, y=None) -> float:
         """Signal to noise with the most probable s: the mean squared length of images, brought to unit length, over that of what is left of them."""
@@ -518,6 +534,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     def from_pretrained(cls, folder, **changed):
         """Read what `save_pretrained` wrote; `changed` replaces parameters, such as the device."""
         tensors, meta = runs.load_state(Path(folder) / "model.safetensors")
+        if fixed := [n for n in ("templates", "torus", "planes", "multiplicity", "reach") if n in changed and changed[n] != meta["params"][n]]:
+            raise ValueError(f"{', '.join(fixed)}: what was learned depends on it, so it can't be changed; fit again")
         return cls(**meta["params"] | changed).known(tensors["planes"], tensors["templates"], meta["image_shape"])
 
     def known(self, planes: Tensor, templates: Tensor, image_shape=None):
@@ -734,10 +752,15 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     -------
     runs.Run
     """
-    started, began = time.time(), runs.commit()
-    folder = Path(runs_dir) / folder_name(config)
+    wandb_mode, folder = runs.wandb_mode(wandb_mode), Path(runs_dir) / folder_name(config)
     if (there := runs.finished_run(folder, config.to_dict(), runs.say)) is not None:
         return there
+    with runs.only_one(folder.parent, folder.name):
+        return _fit_run(config, folder, wandb_mode)
+
+
+def _fit_run(config, folder, wandb_mode):
+    started, began = time.time(), runs.commit()
     images = load_images(config.dataset, config.n_train, config.n_test)
     limits = pose_ranges(config.mode, images.source)
     views, poses, pick = training_views(config, images, limits)
@@ -749,7 +772,9 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     runs.write_json(folder / "config.json", config.to_dict())
     state = folder / "state.safetensors"
     if state.exists():
-        runs.say(f"{folder.name}: going on after epoch {len(runs.load_state(state)[1]['history'])}")
+        before = runs.load_state(state)[1]
+        started -= sum(before["seconds"].values())
+        runs.say(f"{folder.name}: going on after epoch {len(before['history'])}")
     runs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
     try:
         model.fit(views, checkpoint=state)

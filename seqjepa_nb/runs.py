@@ -6,12 +6,13 @@
 __all__ = ['KINDS', 'IDENTITY', 'SIZES', 'WANDB_MODES', 'find_root', 'published_root', 'run_name', 'resolve_device',
            'check_choices', 'request', 'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json',
            'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'Laps',
-           'environment', 'Run', 'read_run', 'finished_run', 'read_runs', 'select', 'flatten', 'table', 'show',
-           'mean_sd', 'mean_tree', 'over_seeds', 'commands', 'start_wandb', 'log_history', 'log_figures', 'Logbook',
-           'Terminal', 'terminal', 'say', 'progress']
+           'environment', 'Run', 'read_run', 'finished_run', 'only_one', 'read_runs', 'select', 'flatten', 'table',
+           'show', 'mean_sd', 'mean_tree', 'over_seeds', 'commands', 'wandb_mode', 'start_wandb', 'log_history',
+           'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
+import fcntl
 import io
 import json
 import math
@@ -69,7 +70,7 @@ def resolve_device(device: str = "auto") -> torch.device:
         raise ValueError(f"device is auto, cpu, cuda or cuda:N, not {device!r}") from error
     if found.type not in ("cpu", "cuda") or found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} is not there: choose auto, cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count())))
-    return found
+    return found if found.type == "cuda" else torch.device("cpu")
 
 
 def check_choices(values: dict, choices: dict):
@@ -88,6 +89,8 @@ def request(kind, choices: dict, overrides: dict | None, device: str, **asked) -
         If an override is no field of `kind` or is asked for by its own parameter, if a choice is unknown, or if the device is not there.
     """
     names = {f.name for f in dataclasses.fields(kind)} - {*asked, "device"}
+    if not isinstance(overrides or {}, dict):
+        raise ValueError(f"overrides: names and values expected, as in -y \"{{overrides: {{epochs: 3}}}}\", not {overrides!r}")
     if unknown := set(overrides or {}) - names:
         raise ValueError(f"overrides has unknown names {', '.join(sorted(map(str, unknown)))}. Valid: {', '.join(sorted(names))}")
     place = resolve_device(device)
@@ -100,14 +103,18 @@ def request(kind, choices: dict, overrides: dict | None, device: str, **asked) -
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def settle(kind, values: dict, least: dict) -> dict:
-    """The values of the dataclass `kind`, each of its field's type and not below `least`; ValueError that names all that are not otherwise."""
+def settle(kind, values: dict, least: dict, most: dict = {}) -> dict:
+    """The values of the dataclass `kind`, each of its field's type, finite, not below `least` and not above `most`; ValueError that names all that are not otherwise."""
     kinds, found, wrong = {k.__name__: k for k in (str, int, float, bool)}, {}, []
     fields = {f.name: kinds[getattr(f.type, "__name__", f.type)] for f in dataclasses.fields(kind)}
     for name, value in values.items():
         wanted = fields[name]
         if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool) != (wanted is bool):
             wrong.append(f"{name} is {KINDS[wanted]}, not {value!r}")
+        elif wanted is float and not math.isfinite(value):
+            wrong.append(f"{name} is a finite number, not {value}")
+        elif name in most and value > most[name]:
+            wrong.append(f"{name} is at most {most[name]}, not {value}")
         elif name in least and value < least[name]:
             wrong.append(f"{name} is at least {least[name]}, not {value}")
         else:
@@ -377,6 +384,19 @@ def finished_run(folder, config: dict, tell=print) -> Run | None:
     return run if run.finished else None
 
 
+@contextmanager
+def only_one(folder, name: str | None = None, who: str = "process"):
+    """Hold the lock of a folder of runs, or of the run `name` in it; ValueError if another `who` holds it."""
+    lock = Path(folder) / ".jobs" / (f"{name}.lock" if name else "lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another {who} is at work in {Path(folder) / (name or '')}: wait for it, or choose another runs_dir") from error
+        yield
+
+
 def read_runs(*roots) -> list:
     """Read all runs in the given folders (or that are one of them), by name; what is no run is passed over, a folder that is not there holds none."""
     found = [p for root in map(Path, roots) for p in ([root] if (root / "config.json").is_file() else sorted(root.glob("*/")))]
@@ -502,6 +522,14 @@ def commands(wanted: list, runs: list) -> str:
 WANDB_MODES = ("offline", "online", "disabled")
 
 
+def wandb_mode(mode: str | None = None) -> str:
+    """The W&B mode that was asked for, else `$WANDB_MODE`, else offline; ValueError if it is unknown."""
+    mode = mode or os.environ.get("WANDB_MODE") or "offline"
+    if mode not in WANDB_MODES:
+        raise ValueError(f"the W&B mode is one of {', '.join(WANDB_MODES)}, not {mode!r} (it comes from wandb_mode or $WANDB_MODE)")
+    return mode
+
+
 def start_wandb(config: dict, folder, mode: str | None = None, run_id: str | None = None):
     """Start the W&B log of a run, inside its folder.
 
@@ -526,9 +554,7 @@ def start_wandb(config: dict, folder, mode: str | None = None, run_id: str | Non
     ValueError
         If the mode is unknown.
     """
-    mode = mode or os.environ.get("WANDB_MODE") or "offline"
-    if mode not in WANDB_MODES:
-        raise ValueError(f"the W&B mode is one of {', '.join(WANDB_MODES)}, not {mode!r} (it comes from wandb_mode or $WANDB_MODE)")
+    mode = wandb_mode(mode)
     import wandb
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

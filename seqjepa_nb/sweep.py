@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'AXES', 'DEFAULTS', 'EXECUTORS', 'COST', 'SIZE', 'Job', 'Sweep', 'expand', 'read_sweep', 'stands',
            'known_runs', 'estimate', 'left', 'write_minutes', 'plan', 'total', 'start', 'end', 'last_error', 'why',
-           'only_one', 'running_text', 'Table', 'run_sweep', 'main']
+           'running_text', 'Table', 'run_sweep', 'main']
 
 # %% ../nbs/13_sweep.ipynb #78e74d68
 import argparse
-import fcntl
 import itertools
 import json
 import math
@@ -19,7 +18,7 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,11 +88,13 @@ def expand(grid: dict, runs_dir: Path, here: bool = True) -> list:
     if "preset" not in grid:
         raise ValueError(f"runs: name the preset: {', '.join(train.PRESETS)}")
     lists = {k: v if isinstance(v, list) else [v] for k, v in grid.items()}
+    if empty := [k for k, v in lists.items() if not v]:
+        raise ValueError(f"runs: {', '.join(empty)} without a value")
     jobs = []
     for values in itertools.product(*lists.values()):
         p = dict(zip(lists, values))
         notebook, device = p.pop("notebook", "20_train"), str(p.get("device", "auto"))
-        if notebook not in NOTEBOOKS:
+        if notebook not in list(NOTEBOOKS):
             raise ValueError(f"notebook is one of {', '.join(NOTEBOOKS)}, not {notebook!r}")
         room = NOTEBOOKS[notebook]
         if p["preset"] == "auto":
@@ -134,6 +135,8 @@ def read_sweep(path, **changed) -> Sweep:
     for name in ("jobs", "threads", "minutes"):
         if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
             raise ValueError(f"{name} is a whole number from 1 on, not {values[name]!r}")
+    if not isinstance(values["runs_dir"], (str, Path)):
+        raise ValueError(f"runs_dir is the path of a folder, not {values['runs_dir']!r}")
     if values["executor"] not in EXECUTORS:
         raise ValueError(f"executor is one of {', '.join(EXECUTORS)}, not {values['executor']!r}")
     if not isinstance(values["slurm"], dict):
@@ -151,7 +154,7 @@ def stands(job: Job) -> tuple:
     with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(job.folder / "state.safetensors", "pt") as file:
             meta = json.loads(file.metadata()["meta"])
-        return "broken", len(meta["history"]), meta["train_s"]
+        return "broken", len(meta["history"]), meta["seconds"].get("training", 0.0)
     return "broken" if (job.folder / "config.json").exists() else "new", 0, 0.0
 
 # %% ../nbs/13_sweep.ipynb #07dfa36e
@@ -279,18 +282,6 @@ def why(handle) -> str:
     return "its output is not to be had"
 
 # %% ../nbs/13_sweep.ipynb #b5b10e82
-@contextmanager
-def only_one(runs_dir: Path):
-    """Hold the folder's lock; ValueError if another sweep holds it."""
-    (runs_dir / ".jobs").mkdir(parents=True, exist_ok=True)
-    with open(runs_dir / ".jobs" / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another sweep is at work in {runs_dir}: wait for it, or choose another runs_dir") from error
-        yield
-
-
 def running_text(job: Job, started: float, begun: int, minutes) -> str:
     """How far a running job is: from its own epochs once it has finished one, else from the estimate in minutes."""
     _, epochs, spent = stands(job)
@@ -350,7 +341,7 @@ def run_sweep(sweep: Sweep, known: list = (), budget: float = math.inf, poll: fl
     states = {j.folder.name: "finished" if stands(j)[0] == "finished" else "waiting" for j in sweep.jobs}
     waiting = [j for j in sweep.jobs if states[j.folder.name] == "waiting"]
     minutes = {j.folder.name: estimate(j, known)[0] for j in waiting}
-    with only_one(sweep.runs_dir):
+    with runs.only_one(sweep.runs_dir, who="sweep"):
         for job in waiting:  # what a killed sweep left behind
             with suppress(OSError, KeyError, ValueError):
                 note = json.loads((sweep.runs_dir / ".jobs" / f"{job.folder.name}.json").read_text())

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,8 +147,8 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
         If a name or value is unknown; the message lists the valid ones.
     """
     asked = runs.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0}
-    values = runs.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least)
+    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0, "lr": 0, "decay": 0}
+    values = runs.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least, {"decay": 1})
     place = resolve_device(asked["device"])
     if values["precision"] == "auto":
         values["precision"] = "bfloat16" if fast_bfloat16(place) else "float32"
@@ -155,6 +156,10 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
     config = Config(**values)
     if config.batch > config.n_train:
         raise ValueError(f"batch {config.batch} is larger than n_train {config.n_train}")
+    if config.group in ("generator", "inferred") and config.views < 4:
+        raise ValueError(f"group {config.group!r} (variant {variant!r}) needs views of at least 4, not {config.views}: it looks at several turns of a sequence")
+    if config.encoder == "vit" and 8 * config.width % (heads := max(1, config.width // 8)):
+        raise ValueError(f"width {config.width}: {heads} heads do not divide the {8 * config.width} dimensions of its vision transformer")
     if config.group in ("generator", "inferred") and mode != "rotation":
         raise ValueError(f"group {config.group!r} (variant {variant!r}) is about mode rotation, not {mode!r}")
     return config
@@ -594,13 +599,19 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     -------
     runs.Run
     """
-    started, laps, code = time.time(), runs.Laps(), runs.commit()
+    wandb_mode, folder = runs.wandb_mode(wandb_mode), Path(runs_dir) / folder_name(config)
     processes.join(torch.device(config.device).type)
-    lead, spare = processes.first(), torch.get_num_threads() if torch.device(config.device).type == "cuda" else 1  # a CPU that trains has no core to spare
-    folder = Path(runs_dir) / folder_name(config)
-    say = lambda text: lead and runs.say(text)
-    if (there := runs.finished_run(folder, config.to_dict(), say)) is not None:
+    lead = processes.first()
+    if (there := runs.finished_run(folder, config.to_dict(), lambda text: lead and runs.say(text))) is not None:
         return there
+    with runs.only_one(folder.parent, folder.name) if lead else nullcontext():
+        return _fit(config, folder, wandb_mode)
+
+
+def _fit(config, folder, wandb_mode):
+    started, laps, code = time.time(), runs.Laps(), runs.commit()
+    lead, spare = processes.first(), torch.get_num_threads() if torch.device(config.device).type == "cuda" else 1  # a CPU that trains has no core to spare
+    say = lambda text: lead and runs.say(text)
     images, limits, learner, probes, optimisers = prepare(config)
     state_file, history, wandb_id = folder / "state.safetensors", [], None
     if state_file.exists():
@@ -608,6 +619,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
         unpack(tensors, learner, probes, optimisers)
         history, wandb_id = meta["history"], meta["wandb_id"]
         laps.update(meta["seconds"])
+        started -= sum(meta["seconds"].values())
         say(f"{folder.name}: going on after epoch {len(history)}")
     processes.wait()  # all have looked at the folder before anything is written
     if lead:
@@ -616,7 +628,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
     left, step = config.epochs - len(history), Step(config, images, limits, learner, probes, optimisers)
     say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source})")
     if left:
-        bring_up(spare)
+        bring_up(spare if lead else 1)
         minutes = estimate_minutes(step, optimisers, left)
         say(f"training will take {f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, then the measurements")
 

@@ -38,7 +38,7 @@ def test_papermill_leaves_a_run_like_the_others(tmp_path, calm):
     out = tmp_path / "out.ipynb"
     done = papermill("nbs/21_lie_baseline.ipynb", out, "-p", "mode", "rotation", "-p", "preset", "quick", "-p", "runs_dir", tmp_path / "runs", "-y", json.dumps({"overrides": TINY}))
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = (tmp_path / "runs").glob("[!.]*")
     assert {"config.json", "metrics.json", "history.csv", "figures", "model.safetensors"} == {p.name for p in folder.iterdir()}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"run", "controlled", "lie", "environment"} and list(metrics["controlled"]["factors"]) == ["rotation"]

@@ -56,7 +56,7 @@ def test_the_first_twenty_losses_equal_one_process(tmp_path):
 def test_a_launched_run_has_one_writer(tmp_path):
     words = ["mode=rotation", "preset=quick", "device=cpu", f"runs_dir={tmp_path}", f"overrides={json.dumps(TINY | {'epochs': 2})}"]
     said = run([*TWO, "-m", "seqjepa_nb.train", *words])
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("[!.]*")
     assert {"config.json", "metrics.json", "history.csv", "figures", "model.json", "model.safetensors"} == {p.name for p in folder.iterdir()} - {"wandb"}
     assert said.count("2 epochs on cpu") == 1, said
     before = (folder / "metrics.json").stat().st_mtime_ns

@@ -92,12 +92,17 @@ def test_interrupted_it_leaves_no_process_and_goes_on(tmp_path, sweep):
     process.wait()
     left, before = at_work(tmp_path), kept(tmp_path)
     assert left and 2 < before < LONG["epochs"]
+    from seqjepa_nb.sweep import read_sweep, stands
+    state, epochs, spent = stands(read_sweep(file).jobs[0])  # of a state that training wrote
+    assert state == "broken" and epochs >= before and spent > 0
     code, said = sweep(file, "--budget", "0")
     assert code == 0 and "1 not done within the budget" in said and not at_work(tmp_path), said
     assert kept(tmp_path) >= before
 
 
-@pytest.mark.parametrize("text, words", [("runs: {mode: shear, preset: quick}", "rotation, translation, scale, multi"), ("runs: {preset: quick, epochs: 3}", "unknown epochs. Valid: notebook, mode")])
+@pytest.mark.parametrize("text, words", [("runs: {mode: shear, preset: quick}", "rotation, translation, scale, multi"), ("runs: {preset: quick, epochs: 3}", "unknown epochs. Valid: notebook, mode"),
+                                         ("runs: {preset: quick, overrides: 5}", "overrides: names and values expected"), ("runs: {preset: quick, seed: []}", "seed without a value"),
+                                         ("runs: {preset: quick, notebook: {a: 1}}", "notebook is one of 20_train")])
 def test_refused_before_any_work(tmp_path, sweep, text, words):
     (tmp_path / "s.yml").write_text(text)
     code, said = sweep(str(tmp_path / "s.yml"), "--runs-dir", str(tmp_path / "runs"))

@@ -130,11 +130,13 @@ def test_papermill_runs_each_mode(tmp_path, calm, mode):
     (["-p", "dataset", "/no/such/folder"], "is not a folder"),
     (["-p", "wandb_mode", "sometimes"], "disabled"),
     (["-y", "{overrides: {lrr: 1}}"], "unknown names lrr"),
+    (["-p", "overrides", "{epochs: 3}"], "overrides: names and values expected"),
+    (["-y", "{overrides: {lr: .nan, decay: 2.0}}"], "lr is a finite number, not nan; decay is at most 1, not 2.0"),
 ])
 def test_papermill_refuses_before_any_work(tmp_path, calm, arguments, words):
     done = papermill("nbs/20_train.ipynb", tmp_path / "out.ipynb", "-p", "runs_dir", tmp_path / "runs", *arguments)
     assert done.returncode == 1 and words in done.stderr, done.stderr
-    assert not list(tmp_path.glob("runs/*/*.safetensors"))
+    assert not list(tmp_path.glob("runs/[!.]*"))
 
 
 def test_help_explains_every_parameter():
