@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from concurrent.futures import Future
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,19 @@ from threadpoolctl import threadpool_limits
 # %% ../nbs/15_beside.ipynb #3107913b
 MOST = 16
 IDLE = 300
+_started = []
 
 
 def _pool(threads):
     n = min(threads, cpu_count(), MOST)
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return get_reusable_executor(n, timeout=IDLE, env=one) if n >= 4 else None
+    if n < 4:
+        return None
+    pool = get_reusable_executor(n, timeout=IDLE, env=one)
+    if pool not in _started:
+        _started[:] = [pool]
+        Finalize(None, pool.shutdown, kwargs={"kill_workers": True}, exitpriority=0)  # a process that multiprocessing made would wait for them to become idle
+    return pool
 
 
 def _call(f, *data):
