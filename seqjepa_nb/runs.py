@@ -340,7 +340,7 @@ class Run:
 
     @property
     def changes_in_words(self) -> str:
-        """The same for a reader: "content rate weight 0.003"."""
+        """The same for a reader, as "content rate weight 0.003"."""
         known = {f"{k}{v}": f"{k.replace('_', ' ')} {v}" for k, v in self.config.items()}
         return ", ".join(known.get(c, c) for c in self.changes.split(", "))
 
