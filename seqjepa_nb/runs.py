@@ -516,7 +516,7 @@ def commands(wanted: list, runs: list) -> str:
         name = run_name(config)
         cost = f"{there[name]['wall_s'] / 60:.0f} minutes on {there[name]['device']}" if name in there else "not measured"
         lines.append(f"papermill nbs/20_train.ipynb runs/{name}.ipynb " + " ".join(f"-p {k} {config[k]}" for k in IDENTITY if k != "seed" or config[k]) + f"   # {cost}")
-    return "\n".join(["```bash", *lines, "```"])
+    return "\n".join(["```bash", "mkdir -p runs", *lines, "```"])
 
 # %% ../nbs/07_runs.ipynb #a7d303de
 WANDB_MODES = ("offline", "online", "disabled")
