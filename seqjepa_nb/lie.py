@@ -184,6 +184,9 @@ def polar(x: Tensor, like: Tensor) -> Tensor:
     return geoopt.EuclideanStiefel().projx(x.cpu()).to(like)  # a singular value decomposition: an affair of the CPU
 
 
+_FIXED = ("templates", "torus", "planes", "multiplicity", "reach")  # what was learned depends on these
+
+
 class LieSparseCoder(TransformerMixin, BaseEstimator):
     """Templates, planes and a torus of transformations learned from images, without labels.
 
@@ -309,7 +312,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     def _frame(self, x):
         self.omega_ = frequencies(self.torus, self.planes, self.multiplicity, self.reach).to(x.device)
         self._torus = Torus(self.omega_, self.grid)
-        self._shape = {n: getattr(self, n) for n in ("templates", "torus", "planes", "multiplicity", "reach")}
+        self._shape = {n: getattr(self, n) for n in _FIXED}
 
     def _begin_planes(self, x, seed):
         """Principal components of unit rows (m, D), in pairs, and each row's nearest others (m, neighbours)."""
@@ -534,7 +537,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     def from_pretrained(cls, folder, **changed):
         """Read what `save_pretrained` wrote; `changed` replaces parameters, such as the device."""
         tensors, meta = runs.load_state(Path(folder) / "model.safetensors")
-        if fixed := [n for n in ("templates", "torus", "planes", "multiplicity", "reach") if n in changed and changed[n] != meta["params"][n]]:
+        if fixed := [n for n in _FIXED if n in changed and changed[n] != meta["params"][n]]:
             raise ValueError(f"{', '.join(fixed)}: what was learned depends on it, so it can't be changed; fit again")
         return cls(**meta["params"] | changed).known(tensors["planes"], tensors["templates"], meta["image_shape"])
 
