@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import frozen, subspace
-from .affine import MODES, Ranges, pose_targets, sample_poses, warp
+from .affine import MODES, Ranges, pose_targets, relative_action, sample_poses, warp
 from .beside import Beside
 from .images import ImageSet, to_float
 
@@ -39,15 +39,17 @@ PROBE_IMAGES = 4000
 def probe_data(encode, images: Tensor, limits: Ranges, seed: int, aggregate=None) -> dict:
     """Representations of transformed views of uint8 images (n, c, h, w).
 
-    Returns a dict: `z` (n, d) of one transformed view, its `poses` (n, 4), and where there is an aggregator
-    `z_agg` from three transformed views and `z_agg_identity` from the identity and two more, each (n, d').
+    Returns a dict: `z` (n, d) of one transformed view and its `poses` (n, 4), `z_next` and `poses_next` of a second one, and where there is
+    an aggregator `z_agg` from three transformed views and `z_agg_identity` from the identity and two more, each (n, d').
     """
     poses = sample_poses(len(images), 4, limits, torch.Generator().manual_seed(seed))  # (n, 4, 4)
-    needed = poses if aggregate is not None else poses[:, 1:2]
+    needed = poses if aggregate is not None else poses[:, 1:3]
     z = in_chunks(lambda i, p: encode(show_views(i, p, limits).flatten(0, 1)).unflatten(0, p.shape[:2]), images, needed)  # (n, v, d)
+    first = 0 if aggregate is None else 1
+    found = {"poses": poses[:, 1], "z": z[:, first], "poses_next": poses[:, 2], "z_next": z[:, first + 1]}
     if aggregate is None:
-        return {"poses": poses[:, 1], "z": z[:, 0]}
-    return {"poses": poses[:, 1], "z": z[:, 1], "z_agg": in_chunks(aggregate, z[:, 1:], poses[:, 1:]), "z_agg_identity": in_chunks(aggregate, z[:, :3], poses[:, :3])}
+        return found
+    return found | {"z_agg": in_chunks(aggregate, z[:, 1:], poses[:, 1:]), "z_agg_identity": in_chunks(aggregate, z[:, :3], poses[:, :3])}
 
 # %% ../nbs/12_measure.ipynb #d9bccac8
 ANCHORS = 256
@@ -96,6 +98,8 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
     poses = {f: (pose_targets(fit["poses"], f), pose_targets(held["poses"], f)) for f in MODES[mode]}
     tasks = {f: {f"r2{suffix}": start(read, fit["z"], y, held["z"], y_held, kind) for suffix, kind in KINDS.items()} for f, (y, y_held) in poses.items()}
 
+    turn = lambda d: relative_action(d["poses"], d["poses_next"])[:, :2]  # (n, 2), sine and cosine
+    both = lambda d, part: torch.cat([part(d["z"]), part(d["z_next"])], 1)  # (n, 2 d)
     factors, sweeps, bases = {}, {}, {}
     z0 = in_chunks(encode, anchors)
     for f, (y, y_held) in poses.items():
@@ -106,7 +110,11 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
         bases[f] = subspace.basis((z - z0[:, None]).flatten(0, 1), K[f])
         rest, rest_held = (subspace.project_out(d["z"], bases[f]) for d in (fit, held))
         tasks[f] |= {f"r2_complement{suffix}": start(read, rest, y, rest_held, y_held, kind) for suffix, kind in KINDS.items()}
-        tasks[f]["class_subspace"] = start(told, fit["z"] @ bases[f], label, held["z"] @ bases[f], label_held, "mlp")
+        inside, inside_held = (d["z"] @ bases[f] for d in (fit, held))
+        tasks[f] |= {"r2_subspace": start(read, inside, y, inside_held, y_held, "mlp"), "class_subspace": start(told, inside, label, inside_held, label_held, "mlp")}
+        if f == "rotation":
+            parts = {"": lambda z: z, "_subspace": lambda z: z @ bases["rotation"], "_complement": lambda z: subspace.project_out(z, bases["rotation"])}
+            tasks[f] |= {f"r2_turn{suffix}": start(read, both(fit, part), turn(fit), both(held, part), turn(held), "mlp") for suffix, part in parts.items()}
         factors[f] = subspace.factor_report(z, z0, values, f, K[f], cyclic, act)
         if cyclic:
             half = subspace.half_turn(z)
