@@ -1,7 +1,9 @@
 """The book builds without a warning, lists every chapter in both tables of contents, and types no run's number."""
 import csv
+import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -52,6 +54,52 @@ def test_published_runs_are_shown_as_they_ran(site):
         pictures = sum("image/png" in o.get("data", {}) for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", []))
         page = (site.html / path.relative_to(BOOK)).with_suffix(".html").read_text()
         assert pictures and page.count("<img") >= pictures and "Finding." in page
+
+
+def test_a_run_that_a_chapter_names_is_a_link_to_its_page(site):
+    run = "rotation-torus_phase-base-mnist-s0"
+    page = (site.html / "nbs/31_why_the_gap.html").read_text()
+    assert f'href="../runs/{run}/20_train.html">{run}</a></span></code>' in page and f'<span class="pre">{run}</span>' not in page
+
+
+@pytest.fixture()
+def publishing(tmp_path, monkeypatch):
+    """book/publish.py at work in an empty book, and an executed notebook beside its finished run."""
+    monkeypatch.syspath_prepend(str(BOOK))
+    publish = importlib.import_module("publish")
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    monkeypatch.setattr(publish.viz, "small_png", lambda png: png)
+    (tmp_path / "book/runs").mkdir(parents=True)
+    for file in ("book/_toc.yml", "_quarto.yml"):
+        (tmp_path / file).write_text(re.sub(r" +- (?:file: |book/)runs/.*\n", "", (ROOT / file).read_text()))
+    run = "rotation-random-small-mnist-s0"
+    shutil.copytree(BOOK / "runs" / run, tmp_path / "runs" / run)
+    return publish, (tmp_path / "runs" / run / "20_train.ipynb").rename(tmp_path / "runs/out.ipynb"), run
+
+
+def test_publishing_lists_a_run_once(publishing, tmp_path):
+    publish, notebook, run = publishing
+    for _ in range(2):
+        publish.publish(notebook)
+        assert [(tmp_path / file).read_text().count(f"runs/{run}/20_train") for file in ("book/_toc.yml", "_quarto.yml")] == [1, 1]
+    assert {p.name for p in (tmp_path / "book/runs").iterdir()} == {run}
+    assert json.loads((tmp_path / "book/runs" / run / "metrics.json").read_text()) == json.loads((BOOK / "runs" / run / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("how, error", [("unfinished", SystemExit), ("too large", SystemExit), ("broken off", ZeroDivisionError)])
+def test_publishing_keeps_what_is_there_until_the_new_is_whole(publishing, tmp_path, monkeypatch, how, error):
+    publish, notebook, run = publishing
+    publish.publish(notebook)
+    there = {p: p.read_bytes() for p in (tmp_path / "book").rglob("*") if p.is_file()}
+    if how == "unfinished":
+        (tmp_path / "runs" / run / "metrics.json").write_text("{}")
+    elif how == "too large":
+        monkeypatch.setattr(publish, "LIMIT", 1000)
+    else:
+        monkeypatch.setattr(publish.runs, "write_text", lambda path, text: 1 / 0)
+    with pytest.raises(error):
+        publish.publish(notebook)
+    assert {p: p.read_bytes() for p in there} == there
 
 
 def test_the_readme_example_runs():

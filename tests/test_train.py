@@ -32,7 +32,7 @@ def unbroken(tmp_path_factory):
 
 
 def kill_after_epoch(folder, epochs, delay):
-    """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written."""
+    """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written; the seconds that its state counts by then."""
     from seqjepa_nb.runs import load_state
     process = subprocess.Popen(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     done = 0
@@ -44,15 +44,20 @@ def kill_after_epoch(folder, epochs, delay):
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    return sum(load_state(next(folder.glob("*/state.safetensors")))[1]["seconds"].values())
 
 
 @pytest.mark.parametrize("epochs, delay", [(1, 0.0), (2, 0.15)], ids=["between epochs", "during an epoch"])
 def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm, unbroken, epochs, delay):
-    kill_after_epoch(tmp_path, epochs, delay)
+    before = kill_after_epoch(tmp_path, epochs, delay)
     assert not list(tmp_path.glob("*/metrics.json"))
+    started = time.time()
     done = subprocess.run(fit_command(tmp_path), cwd=ROOT, check=True, capture_output=True, text=True)
     assert "going on after epoch" in done.stdout
     assert numbers(tmp_path) == unbroken
+    (run,) = tmp_path.glob("*/metrics.json")
+    spent = json.loads(run.read_text())["environment"]["wall_s"]
+    assert before - 0.1 < spent <= before + time.time() - started + 0.1, (before, spent)
 
 
 def test_kill_before_the_first_epoch_leaves_nothing_in_the_way(tmp_path, calm, unbroken):

@@ -1,4 +1,4 @@
-"""Let Sphinx read nbdev notebooks: `#|` lines become cell tags and disappear from the page; long names in a table's heads may break."""
+"""Let Sphinx read nbdev notebooks: `#|` lines become cell tags and disappear from the page; long names in a table's heads may break, names of published runs lead to their pages."""
 import json
 import re
 
@@ -49,8 +49,17 @@ def breakable_heads(app, pagename, templatename, context, doctree):
         context["body"] = re.sub(r"(<th(?: [^>]*)?>)([^<]+)(?=</th>)", lambda m: m[1] + m[2].replace("_", "_<wbr>"), body)
 
 
+def linked_runs(app, pagename, templatename, context, doctree):
+    """Sphinx event: make a link of each name of a published run that fills an element of its own, be it a word of code or a table's cell."""
+    pages = {name.split("/")[1]: name for name in app.env.found_docs if name.startswith("runs/")}
+    if (body := context.get("body")) and not pagename.startswith("runs/"):
+        link = lambda m: f'<a class="reference internal" href="{context["pathto"](pages[m[0]])}">{m[0]}</a>' if m[0] in pages else m[0]
+        context["body"] = re.sub(r"(?<=>)\w+-[\w.-]+(?=</(?:span|td|th)>)", link, body)
+
+
 def setup(app):
     app.connect("source-read", source_read)
     app.connect("html-page-context", breakable_heads)
+    app.connect("html-page-context", linked_runs)
     app.connect("autodoc-process-docstring", plain_sentence, priority=400)
     return {"version": "1", "parallel_read_safe": True}
