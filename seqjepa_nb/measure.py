@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'KINDS', 'AHEAD', 'in_chunks', 'show_views', 'probe_data', 'controlled',
-           'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'unimposed']
+           'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'by_construction', 'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
 from collections.abc import Callable
@@ -111,7 +111,7 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
         rest, rest_held = (subspace.project_out(d["z"], bases[f]) for d in (fit, held))
         tasks[f] |= {f"r2_complement{suffix}": start(read, rest, y, rest_held, y_held, kind) for suffix, kind in KINDS.items()}
         inside, inside_held = (d["z"] @ bases[f] for d in (fit, held))
-        tasks[f] |= {"r2_subspace": start(read, inside, y, inside_held, y_held, "mlp"), "class_subspace": start(told, inside, label, inside_held, label_held, "mlp")}
+        tasks[f] |= {f"r2_subspace{suffix}": start(read, inside, y, inside_held, y_held, kind) for suffix, kind in KINDS.items()} | {"class_subspace": start(told, inside, label, inside_held, label_held, "mlp")}
         if f == "rotation":
             parts = {"": lambda z: z, "_subspace": lambda z: z @ bases["rotation"], "_complement": lambda z: subspace.project_out(z, bases["rotation"])}
             tasks[f] |= {f"r2_turn{suffix}": start(read, both(fit, part), turn(fit), both(held, part), turn(held), "mlp") for suffix, part in parts.items()}
@@ -175,15 +175,16 @@ class Goal(NamedTuple):
 def goals(mode: str) -> dict:
     """What to reach in a mode: title -> `Goal`."""
     of = lambda f, key: lambda c: c["factors"][f].get(key)
+    outside = lambda f: lambda c: max((v for suffix in KINDS if (v := c["factors"][f].get(f"r2_complement{suffix}")) is not None), default=None)
     agg = lambda c: c.get("class_z_agg")
     if mode == "rotation":
         r = lambda key: of("rotation", key)
         return {"top-2 share": Goal(r("ev"), 0.95, True), "share for each anchor": Goal(r("ev_anchor"), 0.98, True), "own action's error": Goal(r("own_action_error"), 0.05, False),
-                "R² angle": Goal(r("r2"), 0.98, True, True), "R² outside": Goal(r("r2_complement"), 0.1, False), "R² outside, MLP": Goal(r("r2_complement_mlp"), 0.1, False),
+                "R² angle": Goal(r("r2"), 0.98, True, True), "R² outside": Goal(outside("rotation"), 0.1, False),
                 "class z_agg": Goal(agg, 0.98, True, True), "class inside": Goal(r("class_subspace"), 0.12, False)}
     factors = MODES[mode]
     return {f"{f} share": Goal(of(f, "ev"), 0.9, True) for f in factors} | {f"{f} R²": Goal(of(f, "r2"), 0.95, True, True) for f in factors} | {
-        f"{f} own action's error": Goal(of(f, "own_action_error"), 0.05, False) for f in factors} | {f"{f} R² outside": Goal(of(f, "r2_complement"), 0.1, False) for f in factors} | {
+        f"{f} own action's error": Goal(of(f, "own_action_error"), 0.05, False) for f in factors} | {f"{f} R² outside": Goal(outside(f), 0.1, False) for f in factors} | {
         "largest overlap": Goal(lambda c: max(c["overlap"].values(), default=None), 0.05, False), "class z_agg": Goal(agg, 0.95, True, True)}
 
 
@@ -215,10 +216,15 @@ def gap_closed(mode: str, controlled: dict, original: dict, reference: dict | No
     return found
 
 
+def by_construction(mode: str, untrained: dict) -> list:
+    """The goals that a network reaches before any training, from its controlled numbers then; those that depend on a reference are never reached so."""
+    return [title for title, (_, _, good) in reached(mode, untrained).items() if good]
+
+
 def unimposed(controlled: dict, encoder: str | None) -> dict:
-    """Controlled numbers without what the encoder has by construction: of a lifted one, which an eighth of a turn moves exactly, the errors are those between the eighths, and half a turn says nothing."""
-    if encoder != "lifted" or "rotation" not in controlled["factors"]:
+    """Controlled numbers without what the encoder has by construction: of a lifted one whose z is that of rotation alone, which an eighth of a turn moves exactly, the errors are those between the eighths, and half a turn says nothing."""
+    if encoder != "lifted" or list(controlled["factors"]) != ["rotation"]:
         return controlled
     turned = {k: v for k, v in controlled["factors"]["rotation"].items() if k != "half_turn"}
-    turned |= {key: turned.get(f"{key}_between") for key in ("own_action_error", "equivariance_error")}
+    turned |= {key: turned.get(f"{key}_between") for key in ("own_action_error", "own_action_interval", "equivariance_error")}
     return controlled | {"factors": controlled["factors"] | {"rotation": turned}}

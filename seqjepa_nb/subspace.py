@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTS', 'CHUNK', 'RIDGE', 'spectrum', 'explained', 'effective_rank', 'effective_rank_energy', 'basis', 'overlap',
            'stability', 'participation', 'project_out', 'sweep_values', 'sweep_poses', 'sweep', 'explained_by_anchor',
-           'circle', 'align_phase', 'half_turn', 'equivariance_error', 'unmoved_error', 'own_action_error',
+           'circle', 'align_phase', 'half_turn', 'harmonics', 'equivariance_error', 'unmoved_error', 'own_action_error',
            'factor_report', 'published_subspace']
 
 # %% ../nbs/05_subspace.ipynb #c25f2109
@@ -262,27 +262,33 @@ def half_turn(z: Tensor) -> Tensor:
     return (z.roll(z.shape[1] // 2, 1) - z).square().sum(-1).mean(1) / (2 * c.square().sum(-1).mean(1))
 
 
+# %% ../nbs/05_subspace.ipynb #d1c1a004
+def harmonics(z: Tensor, most: int = 6) -> Tensor:
+    """Shares h_1 to h_most (most,) of the movement in closed sweeps z (a, n, d), over all anchors; NaN where nothing moves."""
+    z = _sweeps(z)
+    if z.shape[1] < 2 * most + 1:
+        raise ValueError(f"{z.shape[1]} values in a sweep tell {(z.shape[1] - 1) // 2} frequencies, not {most}")
+    energy = torch.fft.rfft(_spread(z, 1), dim=1).abs().square().sum((0, 2))  # (n // 2 + 1,)
+    return energy[1:most + 1] / (energy[1:].sum() if z.shape[1] % 2 else energy[1:-1].sum() + energy[-1] / 2)
+
 # %% ../nbs/05_subspace.ipynb #f012bb87
 RIDGE = 1e-3
 
 
-def _pairs(z, step, cyclic):
-    before, after = (z, z.roll(-step, 1)) if cyclic else (z[:, :-step], z[:, step:])
-    return before.flatten(0, 1), after.flatten(0, 1)  # (m, d) each
-
-
-def _split(z, steps, held_out):
+def _moves(z, steps, cyclic):
+    """Sweeps z (a, n, d) around their mean, and for each step the values before and after it, (a, m, d) each."""
     z, steps = _sweeps(z), list(steps)
-    held = round(len(z) * held_out)
-    if not 0 < held < len(z):
-        raise ValueError(f"held_out = {held_out} of {len(z)} anchors leaves none to fit or none to judge")
     if not steps or not all(0 < s < z.shape[1] for s in steps):
         raise ValueError(f"steps are whole numbers from 1 to {z.shape[1] - 1}, not {steps}")
-    return z[:-held], z[-held:], steps
+    return [(z, z.roll(-s, 1)) if cyclic else (z[:, :-s], z[:, s:]) for s in steps]
 
 
-def equivariance_error(z: Tensor, steps, held_out: float = 0.25, cyclic: bool = False) -> float:
-    """Relative squared error of the best affine map for each step, on held-out anchors.
+def _about_mean(y):
+    return _spread(y.flatten(0, 1), 0).view_as(y)
+
+
+def equivariance_error(z: Tensor, steps, cyclic: bool = False, folds: int = 4) -> float:
+    """Relative squared error of the best affine map for each step, each anchor judged by maps that were fitted without it.
 
     Parameters
     ----------
@@ -290,47 +296,50 @@ def equivariance_error(z: Tensor, steps, held_out: float = 0.25, cyclic: bool = 
         Sweeps, (a, n, d).
     steps : iterable of int
         How far each map goes along the sweep, in values.
-    held_out : float
-        Share of the anchors, the last ones, that judge the maps; the others fit them.
     cyclic : bool
         Whether the sweep closes, so that the last value is followed by the first.
+    folds : int
+        Into how many parts the anchors are cut.
 
     Returns
     -------
     float
         Mean over steps. 0 is perfect, 1 no better than the mean; NaN without variance.
     """
-    fit, held, steps = _split(z, steps, held_out)
-    errors, root = [], None
-    for step in steps:
-        x, y = _pairs(fit, step, cyclic)
-        mean_x, mean_y = x.mean(0), y.mean(0)
-        x = _spread(x, 0)
-        if root is None or not cyclic:
-            gram = x.T @ x
-            gram.diagonal().add_(RIDGE * gram.trace() / len(gram))
-            root, failed = torch.linalg.cholesky_ex(gram)
-            if failed:
-                return math.nan
-        a = torch.cholesky_solve(x.T @ (y - mean_y), root)  # (d, d)
-        x, y = _pairs(held, step, cyclic)
-        errors.append((y - mean_y - (x - mean_x) @ a).square().sum() / _spread(y, 0).square().sum())
+    if not 2 <= folds <= len(z):
+        raise ValueError(f"{len(z)} anchors in {folds} folds leave none to fit or none to judge")
+    errors, roots = [], {}
+    for before, after in _moves(_about_mean(_sweeps(z)), steps, cyclic):
+        parts = [tuple(v.flatten(0, 1) for v in pair) for pair in zip(before.tensor_split(folds), after.tensor_split(folds))]  # (m, d) each
+        sums = [(x.T @ x if not (roots and cyclic) else None, x.T @ y, x.sum(0), y.sum(0), len(x)) for x, y in parts]
+        missed = 0.0
+        for k, (x, y) in enumerate(parts):
+            rest = [s for i, s in enumerate(sums) if i != k]
+            n = sum(s[4] for s in rest)
+            mean_x, mean_y = sum(s[2] for s in rest) / n, sum(s[3] for s in rest) / n
+            if k not in roots or not cyclic:
+                gram = sum(s[0] for s in rest) - n * mean_x.outer(mean_x)
+                gram.diagonal().add_(RIDGE * gram.trace() / len(gram))
+                roots[k], failed = torch.linalg.cholesky_ex(gram)
+                if failed:
+                    return math.nan
+            a = torch.cholesky_solve(sum(s[1] for s in rest) - n * mean_x.outer(mean_y), roots[k])  # (d, d)
+            missed = missed + (y - mean_y - (x - mean_x) @ a).square().sum()
+        errors.append(missed / _about_mean(after).square().sum())
     return float(torch.stack(errors).mean())
 
 # %% ../nbs/05_subspace.ipynb #dd513d1c
-def unmoved_error(z: Tensor, steps, held_out: float = 0.25, cyclic: bool = False) -> float:
+def unmoved_error(z: Tensor, steps, cyclic: bool = False) -> float:
     """The error that `equivariance_error` would report for maps that leave z (a, n, d) where it is: 0 for a code that ignores the factor."""
-    _, held, steps = _split(z, steps, held_out)
-    pairs = [_pairs(held, step, cyclic) for step in steps]
-    return float(torch.stack([(y - x).square().sum() / _spread(y, 0).square().sum() for x, y in pairs]).mean())
+    return float(torch.stack([(y - x).square().sum() / _about_mean(y).square().sum() for x, y in _moves(z, steps, cyclic)]).mean())
 
 # %% ../nbs/05_subspace.ipynb #6a1be9ad
-def own_action_error(z: Tensor, values: Tensor, factor: str, act, steps, cyclic: bool = False, held_out: float = 0.25) -> float:
-    """The error that `equivariance_error` would report for the model's own action.
+def own_action_error(z: Tensor, values: Tensor, factor: str, act, steps, cyclic: bool = False, draws: int = 1000) -> tuple:
+    """(the error that `equivariance_error` would report for the model's own action, the least and the largest that another draw of anchors would give in 95 of 100 cases).
 
     Parameters
     ----------
-    z, steps, cyclic, held_out
+    z, steps, cyclic
         As for `equivariance_error`.
     values : Tensor
         The factor's values along the sweep, (n,).
@@ -338,14 +347,18 @@ def own_action_error(z: Tensor, values: Tensor, factor: str, act, steps, cyclic:
         One of `affine.FACTORS`.
     act : callable
         Vectors (m, d) and relative actions (m, 5) to vectors (m, d).
+    draws : int
+        How often anchors are drawn again.
     """
-    _, held, steps = _split(z, steps, held_out)
-    poses, errors = sweep_poses(factor, values).expand(len(held), -1, -1), []  # (a, n, 4)
-    for step in steps:
-        (x, y), (start, end) = _pairs(held, step, cyclic), _pairs(poses, step, cyclic)
-        said = act(x.float(), relative_action(start, end)).double()
-        errors.append((y - said).square().sum() / _spread(y, 0).square().sum())
-    return float(torch.stack(errors).mean())
+    poses, missed, spread = sweep_poses(factor, values).expand(len(z), -1, -1), [], []  # (a, n, 4)
+    for (x, y), (start, end) in zip(_moves(z, steps, cyclic), _moves(poses, steps, cyclic)):
+        said = act(x.flatten(0, 1).float(), relative_action(start, end).flatten(0, 1).float()).double().view_as(y)
+        missed.append((y - said).square().sum((1, 2)))
+        spread.append(_about_mean(y).square().sum((1, 2)))
+    missed, spread = torch.stack(missed, 1), torch.stack(spread, 1)  # (a, steps)
+    again = torch.randint(len(z), (draws, len(z)), generator=torch.Generator().manual_seed(0)).to(z.device)
+    found = (missed[again].sum(1) / spread[again].sum(1)).mean(1).quantile(torch.tensor([0.025, 0.975], dtype=missed.dtype, device=z.device))
+    return float((missed.sum(0) / spread.sum(0)).mean()), *found.tolist()
 
 # %% ../nbs/05_subspace.ipynb #ada12b83
 def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cyclic: bool, act=None) -> dict:
@@ -371,8 +384,8 @@ def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cy
     Returns
     -------
     dict
-        `ev`, `ev_anchor`, `effective_rank` (of energies), `equivariance_error` and `unmoved_error` (mean of four steps, from an eighth to half of the sweep), with `act` also `own_action_error`, and for a closed sweep `circle`.
-        Two errors once more at steps half-way between, `equivariance_error_between` and `own_action_error_between`: an encoder may turn by eighths by construction, and by nothing else.
+        `ev`, `ev_anchor`, `effective_rank` (of energies), `equivariance_error` and `unmoved_error` (mean of four steps, from an eighth to half of the sweep), with `act` also `own_action_error` and its `own_action_interval`, and for a closed sweep `circle` and `harmonics`.
+        Errors once more at steps half-way between, as `equivariance_error_between`, `own_action_error_between` and `own_action_interval_between`: an encoder may turn by eighths by construction, and by nothing else.
     """
     _column(factor)
     if z.ndim != 3 or z0.shape != (z.shape[0], z.shape[2]) or values.shape != (z.shape[1],):
@@ -383,9 +396,10 @@ def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cy
     report = {"ev": float(energies[:k].sum() / energies.sum()), "ev_anchor": explained_by_anchor(z, k), "effective_rank": _participation(energies),
               "equivariance_error": equivariance_error(z, steps, cyclic=cyclic), "unmoved_error": unmoved_error(z, steps, cyclic=cyclic),
               "equivariance_error_between": equivariance_error(z, between, cyclic=cyclic)}
-    if act is not None:
-        report |= {name: own_action_error(z, values, factor, act, way, cyclic) for name, way in (("own_action_error", steps), ("own_action_error_between", between))}
-    return report | ({"circle": circle(z, values)} if cyclic else {})
+    for suffix, way in (("", steps), ("_between", between)) if act is not None else ():
+        error, *interval = own_action_error(z, values, factor, act, way, cyclic)
+        report |= {f"own_action_error{suffix}": error, f"own_action_interval{suffix}": interval}
+    return report | ({"circle": circle(z, values), "harmonics": harmonics(z).tolist()} if cyclic else {})
 
 
 def published_subspace(z0: Tensor, z1: Tensor, z_agg: Tensor) -> dict:
