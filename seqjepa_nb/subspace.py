@@ -310,7 +310,7 @@ def equivariance_error(z: Tensor, steps, cyclic: bool = False, folds: int = 4) -
         raise ValueError(f"{len(z)} anchors in {folds} folds leave none to fit or none to judge")
     errors, roots = [], {}
     for before, after in _moves(_about_mean(_sweeps(z)), steps, cyclic):
-        parts = [tuple(v.flatten(0, 1) for v in pair) for pair in zip(before.tensor_split(folds), after.tensor_split(folds))]  # (m, d) each
+        parts = [tuple(v.flatten(0, 1) for v in pair) for pair in zip(before.tensor_split(folds), (after - before).tensor_split(folds))]  # (m, d) each: where from, and how far
         sums = [(x.T @ x if not (roots and cyclic) else None, x.T @ y, x.sum(0), y.sum(0), len(x)) for x, y in parts]
         missed = 0.0
         for k, (x, y) in enumerate(parts):
