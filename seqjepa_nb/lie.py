@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.metadata_routing import UNUSED
 from torch import Tensor
 
@@ -253,6 +254,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             raise ValueError(f"dtype is float32 or float64, not {self.dtype!r}")
         if 2 * self.planes > pixels:
             raise ValueError(f"planes = {self.planes} need {2 * self.planes} orthogonal directions, images of {pixels} pixels have {pixels}: planes is at most {pixels // 2}")
+        Torus(frequencies(self.torus, self.planes, self.multiplicity, self.reach), self.grid)  # says what does not fit
 
     def _rows(self, X, name="X"):
         """Images (m, ...) as rows (m, D) on the device, checked."""
@@ -281,7 +283,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     def _ready(self):
         """ValueError unless something was learned, with the parameters that are set; follows a device, dtype or grid that was set since."""
         if not hasattr(self, "planes_"):
-            raise ValueError("this LieSparseCoder has learned nothing yet: call fit first")
+            raise NotFittedError("this LieSparseCoder has learned nothing yet: call fit first")
         if changed := [n for n in self._shape if getattr(self, n) != self._shape[n]]:
             raise ValueError(f"learned with {', '.join(f'{n} = {self._shape[n]}' for n in changed)}, set to {', '.join(str(getattr(self, n)) for n in changed)} since: call fit again")
         before, place = self.planes_, dict(device=resolve_device(self.device), dtype=getattr(torch, self.dtype))
@@ -382,7 +384,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return {"objective": f, "snr": size / max(rest, 1e-12), "active": active, "orthonormality": float(gap.abs().max())}
 
     def fit(self, X, y=None, checkpoint=None):
-        """Learn from images (m, D), (m, h, w) or (m, 1, h, w); `checkpoint` names a file to go on from and to keep the state of each epoch in."""
+        """Learn from images (m, D), (m, h, w) or (m, c, h, w), all channels as pixels; `checkpoint` names a file to go on from and to keep the state of each epoch in."""
         for name in ("planes_", "templates_"):
             vars(self).pop(name, None)
         x = self._to_learn(X)
@@ -437,7 +439,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     def _restore(self, path, x):
         tensors, meta = runs.load_state(path)
-        if meta["params"] != runs.plain(self.get_params()):
+        if meta["params"] | {"verbose": self.verbose} != runs.plain(self.get_params()):
             raise ValueError(f"checkpoint {path} belongs to other parameters; remove it or name another")
         if not all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(meta["images"], self._mark(x))):
             raise ValueError(f"checkpoint {path} belongs to other images; remove it or name another")
@@ -542,9 +544,14 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return cls(**meta["params"] | changed).known(tensors["planes"], tensors["templates"], meta["image_shape"])
 
     def known(self, planes: Tensor, templates: Tensor, image_shape=None):
-        """Take these planes (D, 2L) and templates (D, K) for learned; images have `image_shape`, by default (D,)."""
+        """Take these planes (D, 2L), with orthonormal columns, and templates (D, K) for learned; images have `image_shape`, by default (D,)."""
         place = dict(device=resolve_device(self.device), dtype=getattr(torch, self.dtype))
+        planes, templates = torch.as_tensor(planes), torch.as_tensor(templates)
         self._check(len(planes))
+        if planes.shape[1:] != (2 * self.planes,) or templates.shape != (len(planes), self.templates):
+            raise ValueError(f"planes ({len(planes)}, {2 * self.planes}) and templates ({len(planes)}, {self.templates}) expected, not {tuple(planes.shape)} and {tuple(templates.shape)}")
+        if (gap := (planes.double().T @ planes.double() - torch.eye(2 * self.planes, dtype=torch.float64, device=planes.device)).abs().max()) > 1e-3:
+            raise ValueError(f"planes: orthonormal columns expected; these are off by {gap:.1e}")
         self.planes_, self.templates_, self.image_shape_ = planes.to(**place), templates.to(**place), tuple(image_shape or planes.shape[:1])
         self._frame(self.planes_)
         self.history_, self.restarts_, self._sums = [], [], {}
@@ -609,9 +616,9 @@ def make_config(mode: str = "rotation", variant: str = "lie", preset: str = "aut
     return Config(**values)
 
 # %% ../nbs/09_lie.ipynb #a0fcc2d2
-def pose_ranges(mode: str, source: str = "mnist") -> Ranges:
+def pose_ranges(mode: str, natural: bool = False) -> Ranges:
     """`affine.ranges`, and no movement at all for 'untransformed'."""
-    return Ranges() if mode == "untransformed" else ranges(mode, natural=source.startswith("cifar10"))
+    return Ranges() if mode == "untransformed" else ranges(mode, natural)
 
 
 def gray(x: Tensor) -> Tensor:
@@ -765,7 +772,7 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
 def _fit_run(config, folder, wandb_mode):
     started, began = time.time(), runs.commit()
     images = load_images(config.dataset, config.n_train, config.n_test)
-    limits = pose_ranges(config.mode, images.source)
+    limits = pose_ranges(config.mode, images.natural)
     views, poses, pick = training_views(config, images, limits)
     names = LieSparseCoder().get_params()
     model = LieSparseCoder(**{k: v for k, v in config.to_dict().items() if k in names})

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'KINDS', 'AHEAD', 'in_chunks', 'show_views', 'probe_data', 'controlled',
-           'ahead_errors', 'columns', 'Goal', 'goals', 'reached', 'gap_closed', 'by_construction', 'unimposed']
+           'ahead_errors', 'columns', 'inside', 'outside', 'Goal', 'goals', 'reached', 'gap_closed', 'by_construction',
+           'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
 from collections.abc import Callable
@@ -57,13 +58,14 @@ K = {"rotation": 2, "x": 1, "y": 1, "scale": 1}
 """The fewest dimensions that each factor needs, two for a circle and one for a line."""
 
 
+@torch.no_grad()
 def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=None, act=None, seed: int = 7) -> tuple:
     """Measure a representation with the controlled protocol.
 
     Parameters
     ----------
     encode : callable
-        Images in [0, 1], (n, c, h, w), to vectors (n, d); in evaluation mode, without gradient.
+        Images in [0, 1], (n, c, h, w), to vectors (n, d); in evaluation mode. What it needs besides, such as three channels or standardised pixels, is its own affair.
     images : ImageSet
         The training images fit the probes, the test images judge them and are the anchors of the sweeps.
     mode : str
@@ -80,13 +82,26 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
     Returns
     -------
     metrics : dict
-        The `controlled` part of a run's metrics.
+        The `controlled` part of a run's metrics: `factors`, a dictionary a factor (below), `overlap` of each two factors' subspaces (0 to 1/k), and the class
+        as `class_z` (linear) and `class_z_mlp` from one view, with `aggregate` also `class_z_agg` and `class_z_agg_identity` (accuracies, 0 to 1).
+        Of a factor: `ev`, the share of its changes in its own subspace of 2 (rotation) or 1 dimensions, and `ev_anchor`, the same for each image's own; `effective_rank` of the changes; the errors
+        `equivariance_error` (best affine map), `unmoved_error` (doing nothing) and with `act` `own_action_error` with its `own_action_interval`, as parts of the variance (0 is perfect);
+        R2 of the pose from z, `r2` (linear) and `r2_mlp`, from the subspace alone (`r2_subspace`, `r2_subspace_mlp`) and from what is left without it (`r2_complement`, `r2_complement_mlp`);
+        `class_subspace`, the class from the subspace. Of rotation also R2 of the turn between two views, `r2_turn`, `r2_turn_subspace`, `r2_turn_complement`; all the way round
+        also `circle`, `harmonics` and `half_turn` (0 to 2, by class), see `subspace`.
     sweeps : dict
         For each factor (z (a, n, d), values (n,)), for figures.
+
+    Raises
+    ------
+    ValueError
+        If the mode is unknown, or `encode` gives anything but vectors of two numbers or more for images.
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode!r}")
     anchors = to_float(images.test[:ANCHORS])
+    if not isinstance(z := encode(anchors[:2]), Tensor) or z.ndim != 2 or len(z) != 2 or z.shape[1] < 2 or not z.is_floating_point():
+        raise ValueError(f"encode: two images {tuple(anchors[:2].shape)} gave {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}; vectors (2, d) of real numbers with d >= 2 expected")
     n = min(len(images.train), PROBE_IMAGES)
     fit = probe_data(encode, images.train[:n], limits, seed, aggregate)
     held = probe_data(encode, images.test, limits, seed + 1, aggregate)
@@ -164,6 +179,20 @@ def columns(mode: str) -> dict:
     return share | read | outside | {"controlled.class_z": "class z", "controlled.class_z_agg": "class z_agg"}
 
 
+def _either(report, key):
+    return max((v for suffix in KINDS if (v := report.get(f"{key}{suffix}")) is not None), default=None)
+
+
+def inside(report: dict) -> float | None:
+    """What is read of a factor from its subspace alone, from its part of the controlled numbers: the larger R2 of the linear probe and the MLP; None if neither was asked."""
+    return _either(report, "r2_subspace")
+
+
+def outside(report: dict) -> float | None:
+    """The same from what is left without its subspace."""
+    return _either(report, "r2_complement")
+
+
 class Goal(NamedTuple):
     """What a number is to reach: how to `read` it from a run's controlled numbers, its `target`, whether `above` is good, and whether the target is a part of the reference's number (`relative`)."""
     read: Callable
@@ -175,16 +204,16 @@ class Goal(NamedTuple):
 def goals(mode: str) -> dict:
     """What to reach in a mode: title -> `Goal`."""
     of = lambda f, key: lambda c: c["factors"][f].get(key)
-    outside = lambda f: lambda c: max((v for suffix in KINDS if (v := c["factors"][f].get(f"r2_complement{suffix}")) is not None), default=None)
+    rest = lambda f: lambda c: outside(c["factors"][f])
     agg = lambda c: c.get("class_z_agg")
     if mode == "rotation":
         r = lambda key: of("rotation", key)
         return {"top-2 share": Goal(r("ev"), 0.95, True), "share for each anchor": Goal(r("ev_anchor"), 0.98, True), "own action's error": Goal(r("own_action_error"), 0.05, False),
-                "R² angle": Goal(r("r2"), 0.98, True, True), "R² outside": Goal(outside("rotation"), 0.1, False),
+                "R² angle": Goal(r("r2"), 0.98, True, True), "R² outside": Goal(rest("rotation"), 0.1, False),
                 "class z_agg": Goal(agg, 0.98, True, True), "class inside": Goal(r("class_subspace"), 0.12, False)}
     factors = MODES[mode]
     return {f"{f} share": Goal(of(f, "ev"), 0.9, True) for f in factors} | {f"{f} R²": Goal(of(f, "r2"), 0.95, True, True) for f in factors} | {
-        f"{f} own action's error": Goal(of(f, "own_action_error"), 0.05, False) for f in factors} | {f"{f} R² outside": Goal(outside(f), 0.1, False) for f in factors} | {
+        f"{f} own action's error": Goal(of(f, "own_action_error"), 0.05, False) for f in factors} | {f"{f} R² outside": Goal(rest(f), 0.1, False) for f in factors} | {
         "largest overlap": Goal(lambda c: max(c["overlap"].values(), default=None), 0.05, False), "class z_agg": Goal(agg, 0.95, True, True)}
 
 

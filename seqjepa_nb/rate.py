@@ -41,13 +41,17 @@ def coding_rate(z: Tensor, alpha: float = 1.0, eps: float = 1e-4) -> Tensor:
     Tensor
         Scalar, float32 or better.
     """
-    _check(z)
+    z = _features(z)
     return z.shape[1] * math.log1p(eps) + logdet_identity_plus(z - z.mean(0), alpha / (1 + eps) / len(z))
 
 
-def _check(z):
+def _features(z):
+    """Features (b, d) in float32 or better."""
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        raise ValueError(f"features: a tensor of real numbers expected, not {z.dtype if isinstance(z, Tensor) else type(z).__name__}")
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"features of shape (b, d) with b >= 2 expected, not {tuple(z.shape)}")
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 # %% ../nbs/02_rate.ipynb #24d60625
 def normalised_rate(z: Tensor, eps: float = 0.5) -> Tensor:
@@ -56,7 +60,7 @@ def normalised_rate(z: Tensor, eps: float = 0.5) -> Tensor:
     Parameters
     ----------
     z : Tensor
-        Features, (b, d); brought to unit length here.
+        Features, (b, d); brought to unit length here (what is shorter than 1e-12 counts as 0).
     eps : float
         Distortion allowed.
 
@@ -65,7 +69,7 @@ def normalised_rate(z: Tensor, eps: float = 0.5) -> Tensor:
     Tensor
         Scalar between 0 and `rate_bound`.
     """
-    _check(z)
+    z = _features(z)
     return logdet_identity_plus(F.normalize(z, dim=1), z.shape[1] / (len(z) * eps**2)) / 2
 
 
@@ -77,7 +81,7 @@ def rate_bound(b: int, d: int, eps: float = 0.5) -> float:
 # %% ../nbs/02_rate.ipynb #0d58d092
 def vicreg_penalty(z: Tensor) -> Tensor:
     """VICReg's variance and covariance terms (arXiv 2105.04906, eqs. 1 and 3) for features (b, d), weighted 1 to 1/25; a scalar, 0 at best."""
-    _check(z)
+    z = _features(z)
     c = z - z.mean(0)
     cov = c.T @ c / (len(z) - 1)  # (d, d)
     return F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean() + (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1] / 25
@@ -85,9 +89,9 @@ def vicreg_penalty(z: Tensor) -> Tensor:
 
 def sigreg_penalty(z: Tensor, directions: int = 256, points: int = 17) -> Tensor:
     """SIGReg (arXiv 2511.08544): mean Epps-Pulley statistic of features (b, d) along random directions; a scalar, small for a standard normal."""
-    _check(z)
-    u = F.normalize(torch.randn(z.shape[1], directions, device=z.device), dim=0)
-    t = torch.linspace(-5, 5, points, device=z.device)
+    z = _features(z)
+    u = F.normalize(torch.randn(z.shape[1], directions, device=z.device).to(z.dtype), dim=0)
+    t = torch.linspace(-5, 5, points, device=z.device, dtype=z.dtype)
     x = (z @ u)[..., None] * t  # (b, directions, points)
     normal = (-t.square() / 2).exp()
     gap = ((x.cos().mean(0) - normal).square() + x.sin().mean(0).square()) * normal  # (directions, points)

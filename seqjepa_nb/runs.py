@@ -93,11 +93,15 @@ def request(kind, choices: dict, overrides: dict | None, device: str, **asked) -
         raise ValueError(f"overrides: names and values expected, as in -y \"{{overrides: {{epochs: 3}}}}\", not {overrides!r}")
     if unknown := set(overrides or {}) - names:
         raise ValueError(f"overrides has unknown names {', '.join(sorted(map(str, unknown)))}. Valid: {', '.join(sorted(names))}")
-    place = resolve_device(device)
+    place, data = resolve_device(device), str(asked["dataset"]).strip()
+    if not data:
+        raise ValueError("dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not empty")
+    if Path(data).expanduser().is_dir():
+        data = str(Path(data).expanduser().resolve())  # one folder, however it is written
     if asked["preset"] == "auto":
         asked["preset"] = "base" if place.type == "cuda" else "quick"
     check_choices(asked, choices)
-    return asked | {"dataset": str(asked["dataset"]), "device": str(place)}
+    return asked | {"dataset": data, "device": str(place)}
 
 
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -109,6 +113,9 @@ def settle(kind, values: dict, least: dict, most: dict = {}) -> dict:
     fields = {f.name: kinds[getattr(f.type, "__name__", f.type)] for f in dataclasses.fields(kind)}
     for name, value in values.items():
         wanted = fields[name]
+        if wanted is float and isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)  # YAML takes 1e-3 for text
         if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool) != (wanted is bool):
             wrong.append(f"{name} is {KINDS[wanted]}, not {value!r}")
         elif wanted is float and not math.isfinite(value):
@@ -152,12 +159,19 @@ def replacing(path):
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
+        part.chmod(0o666 & ~_mask())
         _sync(part)
         os.replace(part, path)
         _sync(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _mask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path):
@@ -226,20 +240,25 @@ def load_state(path) -> tuple:
     Raises
     ------
     ValueError
-        If the file is damaged; the message names it and what to do.
+        If the file is damaged, or none of `save_state`; the message names it and what to do.
     """
     try:
         with safe_open(path, "pt") as file:
+            if "meta" not in (file.metadata() or {}):
+                raise ValueError(f"{path} holds tensors of another kind of model")
             return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["meta"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}). Remove it to start this run from the beginning.") from error
 
 # %% ../nbs/07_runs.ipynb #efee7c2f
 def commit() -> str:
     """The repository's commit, 12 digits, with "-dirty" if tracked files differ from it; where there is no git `$SEQJEPA_COMMIT`, else "unknown"."""
+    root = find_root()
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=find_root(), capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     try:
+        if not (root / "settings.ini").is_file():  # somebody else's repository
+            raise OSError
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("SEQJEPA_COMMIT", "unknown")
@@ -378,7 +397,8 @@ def finished_run(folder, config: dict, tell=print) -> Run | None:
         return None
     run = read_run(folder)
     if run.config != config:
-        raise ValueError(f"{folder} holds a run of another configuration; remove it or choose another runs_dir")
+        other = ", ".join(f"{k} {run.config.get(k)!r} instead of {v!r}" for k, v in config.items() if run.config.get(k) != v)
+        raise ValueError(f"{folder} holds a run of another configuration ({other}); remove it or choose another runs_dir")
     if run.finished:
         tell(f"{folder.name} is finished already; remove {folder} to train it again.")
     return run if run.finished else None

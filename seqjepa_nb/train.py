@@ -118,11 +118,11 @@ VARIANTS = {
     "pixels": dict(epochs=0, integer=False, encoder="pixels"),
 }
 TITLES = {
-    "original": "original", "normalised_rate": "normalised rate on z_agg", "no_rate": "no rate", "rate_z": "normalised rate on z", "rate_both": "normalised rate on both", "rate_projector": "normalised rate, projector",
-    "teacherless": "no teacher, tuned on CIFAR-10", "teacherless_original": "original, no teacher", "teacherless_normalised": "normalised rate on z_agg, no teacher", "teacherless_no_rate": "no rate, no teacher",
+    "original": "original", "normalised_rate": "normalised rate on z_agg", "no_rate": "no rate", "rate_z": "normalised rate on z", "rate_both": "normalised rate on both", "rate_projector": "normalised rate on the projector",
+    "teacherless": "no teacher (tuned on CIFAR-10)", "teacherless_original": "original without teacher", "teacherless_normalised": "normalised rate on z_agg without teacher", "teacherless_no_rate": "no rate and no teacher",
     "vicreg": "VICReg", "sigreg": "SIGReg", "lifted": "lifted encoder", "vit": "ViT encoder",
     "crate_aggregator": "CRATE aggregator", "crate_alpha": "CRATE-α aggregator", "crate_predictor": "CRATE predictor", "crate": "CRATE aggregator and predictor", "crate_encoder": "CRATE encoder",
-    "torus": "known action", "torus_phase": "known action, shared phase", "torus_circles": "known action, shared phase, all on circles", "generator": "learned generator", "inferred": "steady motion, no action in the pose loss", "lifted_torus_phase": "lifted, known action, shared phase",
+    "torus": "known action", "torus_phase": "known action + phase", "torus_circles": "known action + phase (all on circles)", "generator": "learned generator", "inferred": "steady motion", "lifted_torus_phase": "lifted known action + phase",
     "supervised": "with labels (reference)", "random": "untrained encoder", "pixels": "pixels (PCA)",
 }
 """What each variant is called in tables and figures."""
@@ -559,7 +559,7 @@ def memory_layout(model: nn.Module, device: str) -> torch.memory_format:
 def prepare(config: Config, images=None) -> tuple:
     """Images on the device (loaded unless given), ranges, learner, probes and the two optimisers of a run, as they are before the first epoch."""
     images = images or load_images(config.dataset, config.n_train, config.n_test).to(config.device)
-    limits = ranges(config.mode, natural=images.source.startswith("cifar10"))
+    limits = ranges(config.mode, natural=images.natural)
     torch.manual_seed(config.seed)
     learner = Learner(config, len(images.classes))
     learner.to(config.device, memory_format=memory_layout(learner, config.device))
@@ -613,11 +613,13 @@ def _fit(config, folder, wandb_mode):
     lead, spare = processes.first(), torch.get_num_threads() if torch.device(config.device).type == "cuda" else 1  # a CPU that trains has no core to spare
     say = lambda text: lead and runs.say(text)
     images, limits, learner, probes, optimisers = prepare(config)
-    state_file, history, wandb_id = folder / "state.safetensors", [], None
+    state_file, history, wandb_id, mark = folder / "state.safetensors", [], None, images.mark()
     if state_file.exists():
         tensors, meta = runs.load_state(state_file)
         unpack(tensors, learner, probes, optimisers)
         history, wandb_id = meta["history"], meta["wandb_id"]
+        if meta["images"] != mark:
+            raise ValueError(f"{state_file} belongs to other images than {config.dataset!r} holds now. Bring them back, or remove {folder} to begin anew.")
         laps.update(meta["seconds"])
         started -= sum(meta["seconds"].values())
         say(f"{folder.name}: going on after epoch {len(history)}")
@@ -626,7 +628,7 @@ def _fit(config, folder, wandb_mode):
         folder.mkdir(parents=True, exist_ok=True)
         runs.write_json(folder / "config.json", config.to_dict())
     left, step = config.epochs - len(history), Step(config, images, limits, learner, probes, optimisers)
-    say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source})")
+    say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source}{', moved as photographs' if images.natural else ''})")
     if left:
         bring_up(spare if lead else 1)
         minutes = estimate_minutes(step, optimisers, left)
@@ -653,7 +655,7 @@ def _fit(config, folder, wandb_mode):
             book(history[-1], epoch + 1, drawn(draw(frozen, images, config, limits, arrays), spare) if due else {})
             laps("figures")
             if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
-                runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "seconds": laps, "wandb_id": log.id})
+                runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark})
                 kept, kept_at = epoch + 1, time.perf_counter()
                 cost = kept_at - clock
             runs.write_history(folder, history)
@@ -689,7 +691,7 @@ def _fit(config, folder, wandb_mode):
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
                                    config.epochs * steps * config.batch * config.views, code)
     last = {"loss": history[-1]["loss"]} if history else {}
-    runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "environment": environment})
+    runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
     log.summary.update({"published": numbers, "controlled": found})
     log.finish()
     state_file.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 import csv
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import pytest
 import yaml
 from built import ROOT, site  # noqa: F401
+
+from seqjepa_nb.images import data_root
 
 BOOK = ROOT / "book"
 pytestmark = pytest.mark.xdist_group("site")  # one process builds the site and looks at it
@@ -102,10 +105,13 @@ def test_publishing_keeps_what_is_there_until_the_new_is_whole(publishing, tmp_p
     assert {p: p.read_bytes() for p in there} == there
 
 
-def test_the_readme_example_runs():
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    code += "assert out.z.shape == (64, 3, 128) and out.prediction.shape == out.target.shape == (64, 128)\n"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_the_readme_examples_run(tmp_path):
+    model, own, coder, trained = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = model + "assert out.z.shape == (64, 3, 128) and out.prediction.shape == out.target.shape == (64, 128)\n"
+    code += own + "assert 0 < numbers['class_z'] < 1\n" + coder + "assert code.shape == (300, 12) and coder.score(x) > 1\n"
+    code += "from pathlib import Path; SeqJEPA(width=16).save_pretrained('runs/r'); Path('runs/r/config.json').write_text('{}'); Path('runs/r/metrics.json').write_text('{\"images\": {\"mean\": [0.13], \"std\": [0.3]}}')\n"
+    code += trained.replace("runs/rotation-original-quick-mnist-s0", "runs/r") + "assert z.shape == (64, 128)\n"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"SEQJEPA_DATA": str(data_root())}, check=True)
 
 
 def test_quarto_lists_the_same_chapters():
