@@ -488,13 +488,13 @@ def mean_sd(values, form: str = "{:z.2f}") -> str:
 
 
 def mean_tree(trees: list) -> dict:
-    """Nested dictionaries as one of the same nesting: a number is the mean over all; what is no number in each of them is left out."""
+    """Nested dictionaries as one of the same nesting: a number is the mean over those that have it; what is no number is left out."""
     found = {}
     for key in dict.fromkeys(k for t in trees for k in t):
-        values = [t.get(key) for t in trees]
-        if all(isinstance(v, dict) for v in values):
+        values = [v for t in trees if (v := t.get(key)) is not None]
+        if values and all(isinstance(v, dict) for v in values):
             found[key] = mean_tree(values)
-        elif all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        elif values and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             found[key] = sum(values) / len(values)
     return found
 
