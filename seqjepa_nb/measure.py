@@ -125,8 +125,8 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
         bases[f] = subspace.basis((z - z0[:, None]).flatten(0, 1), K[f])
         rest, rest_held = (subspace.project_out(d["z"], bases[f]) for d in (fit, held))
         tasks[f] |= {f"r2_complement{suffix}": start(read, rest, y, rest_held, y_held, kind) for suffix, kind in KINDS.items()}
-        inside, inside_held = (d["z"] @ bases[f] for d in (fit, held))
-        tasks[f] |= {f"r2_subspace{suffix}": start(read, inside, y, inside_held, y_held, kind) for suffix, kind in KINDS.items()} | {"class_subspace": start(told, inside, label, inside_held, label_held, "mlp")}
+        kept, kept_held = (d["z"] @ bases[f] for d in (fit, held))
+        tasks[f] |= {f"r2_subspace{suffix}": start(read, kept, y, kept_held, y_held, kind) for suffix, kind in KINDS.items()} | {"class_subspace": start(told, kept, label, kept_held, label_held, "mlp")}
         if f == "rotation":
             parts = {"": lambda z: z, "_subspace": lambda z: z @ bases["rotation"], "_complement": lambda z: subspace.project_out(z, bases["rotation"])}
             tasks[f] |= {f"r2_turn{suffix}": start(read, both(fit, part), turn(fit), both(held, part), turn(held), "mlp") for suffix, part in parts.items()}

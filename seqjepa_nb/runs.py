@@ -96,7 +96,7 @@ def request(kind, choices: dict, overrides: dict | None, device: str, **asked) -
     place, data = resolve_device(device), str(asked["dataset"]).strip()
     if not data:
         raise ValueError("dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not empty")
-    if Path(data).expanduser().is_dir():
+    if data not in ("mnist", "cifar10") and Path(data).expanduser().is_dir():
         data = str(Path(data).expanduser().resolve())  # one folder, however it is written
     if asked["preset"] == "auto":
         asked["preset"] = "base" if place.type == "cuda" else "quick"
@@ -253,15 +253,15 @@ def load_state(path) -> tuple:
 # %% ../nbs/07_runs.ipynb #efee7c2f
 def commit() -> str:
     """The repository's commit, 12 digits, with "-dirty" if tracked files differ from it; where there is no git `$SEQJEPA_COMMIT`, else "unknown"."""
-    root = find_root()
+    root, unknown = find_root(), os.environ.get("SEQJEPA_COMMIT", "unknown")
+    if not (root / "settings.ini").is_file():  # somebody else's repository
+        return unknown
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     try:
-        if not (root / "settings.ini").is_file():  # somebody else's repository
-            raise OSError
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SEQJEPA_COMMIT", "unknown")
+        return unknown
 
 
 def device_name(device) -> str:
