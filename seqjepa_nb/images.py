@@ -39,7 +39,7 @@ class ImageSet:
 
     @property
     def natural(self) -> bool:
-        """Whether the images reach to their borders, as photographs do: black there would betray how an image was moved. Digits end in black."""
+        """Whether the images reach to their borders, as photographs do, so that black coming in there would betray how an image was moved; digits end in black."""
         edge = torch.ones(self.train.shape[-2:], dtype=torch.bool)
         edge[1:-1, 1:-1] = False
         return bool(to_float(self.train[:1000].cpu())[..., edge].mean() > 0.05)
