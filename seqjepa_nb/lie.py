@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PLANE', 'SETTINGS', 'STORED', 'VARIANTS', 'REPRESENTATIONS', 'frequencies', 'Torus', 'infer_alpha',
-           'polar', 'LieSparseCoder', 'Config', 'make_config', 'pose_ranges', 'gray', 'training_views', 'encoders',
-           'own_error', 'yardstick', 'draw', 'folder_name', 'fit_run']
+           'polar', 'fit_columns', 'LieSparseCoder', 'Config', 'make_config', 'pose_ranges', 'gray', 'training_views',
+           'encoders', 'own_error', 'yardstick', 'draw', 'folder_name', 'fit_run']
 
 # %% ../nbs/09_lie.ipynb #736bfaaf
 import dataclasses
@@ -185,6 +185,14 @@ def polar(x: Tensor, like: Tensor) -> Tensor:
     return geoopt.EuclideanStiefel().projx(x.cpu()).to(like)  # a singular value decomposition: an affair of the CPU
 
 
+def fit_columns(u: Tensor, back: Tensor, gram: Tensor) -> Tensor:
+    """Each unit column of u (m, K) in turn brought to the unit vector that makes <u, u gram> / 2 - <u, back> smallest, the others held (Mairal et al. 2009, algorithm 2); with back (m, K), gram (K, K)."""
+    u, ridge = u.clone(), 1e-3 * gram.diagonal().mean() + 1e-6  # a column that is not used stays
+    for k in range(u.shape[1]):
+        u[:, k] = F.normalize(back[:, k] - u @ gram[:, k] + (gram[k, k] + ridge) * u[:, k], dim=0)
+    return u
+
+
 _FIXED = ("templates", "torus", "planes", "multiplicity", "reach")  # what was learned depends on these
 
 
@@ -205,6 +213,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         Posteriors computed to infer alpha, and its first value.
     batch, memory : int, float
         Images a step, and what a step keeps of the sums that the steps before it gathered.
+    last_memory : float
+        What `memory` has grown to in the last epoch of those with the best restart.
     neighbours, pair_epochs : int
         How many nearest images are an image's pairs, and passes over the images with pairs for templates.
     restarts, restart_epochs : int
@@ -229,10 +239,10 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     __metadata_request__fit = {"checkpoint": UNUSED}
     __metadata_request__inverse_transform = {"code": UNUSED}
 
-    def __init__(self, templates=10, torus=2, planes=128, multiplicity=1, reach=None, grid=50, sigma=0.1, sparsity=10.0, steps=10, start=0.01, batch=200, memory=0.75,
+    def __init__(self, templates=10, torus=2, planes=128, multiplicity=1, reach=None, grid=50, sigma=0.1, sparsity=10.0, steps=10, start=0.01, batch=200, memory=0.75, last_memory=0.95,
                  neighbours=25, pair_epochs=30, restarts=5, restart_epochs=5, epochs=20, jitter=0.1, seed=0, device="auto", dtype="float32", verbose=True):
         self.templates, self.torus, self.planes, self.multiplicity, self.reach, self.grid = templates, torus, planes, multiplicity, reach, grid
-        self.sigma, self.sparsity, self.steps, self.start, self.batch, self.memory = sigma, sparsity, steps, start, batch, memory
+        self.sigma, self.sparsity, self.steps, self.start, self.batch, self.memory, self.last_memory = sigma, sparsity, steps, start, batch, memory, last_memory
         self.neighbours, self.pair_epochs, self.restarts, self.restart_epochs, self.epochs, self.jitter = neighbours, pair_epochs, restarts, restart_epochs, epochs, jitter
         self.seed, self.device, self.dtype, self.verbose = seed, device, dtype, verbose
 
@@ -242,7 +252,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             if not isinstance(getattr(self, name), Integral) or isinstance(getattr(self, name), bool) or getattr(self, name) < low:
                 raise ValueError(f"{name} is a whole number of at least {low}, not {getattr(self, name)!r}")
         number = lambda name, good: isinstance(getattr(self, name), Real) and not isinstance(getattr(self, name), bool) and math.isfinite(getattr(self, name)) and good(getattr(self, name))
-        for names, good, what in ((("sigma", "start"), lambda v: v > 0, "above 0"), (("sparsity", "jitter"), lambda v: v >= 0, "of at least 0"), (("memory",), lambda v: 0 <= v < 1, "of at least 0 and below 1")):
+        for names, good, what in ((("sigma", "start"), lambda v: v > 0, "above 0"), (("sparsity", "jitter"), lambda v: v >= 0, "of at least 0"), (("memory", "last_memory"), lambda v: 0 <= v < 1, "of at least 0 and below 1")):
             for name in names:
                 if not number(name, good):
                     raise ValueError(f"{name} is a number {what}, not {getattr(self, name)!r}")
@@ -348,8 +358,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return alpha.to(a.dtype) @ a.T, v, alpha
 
     @torch.no_grad()
-    def _learn(self, x, pair=None):
-        """One step on unit rows, explained by templates or each by its `pair`; (F, squared length, squared residual, active templates), each the mean of the batch."""
+    def _learn(self, x, memory, pair=None):
+        """One step on unit rows, explained by templates or each by its `pair`, that keeps the share `memory` of the sums; (F, squared length, squared residual, active templates), each the mean of the batch."""
         if pair is None:
             u, v, alpha = self._infer(x)
         else:
@@ -360,22 +370,20 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         new = {"turn": x.T @ seen} if pair is None else {"turn": x.T @ seen + pair.T @ back}
         if pair is None:
             new |= {"back": back.T @ alpha, "gram": alpha.T @ alpha}
-        self._sums = {k: s + self.memory * self._sums[k] if k in self._sums else s for k, s in new.items()}
+        self._sums = {k: s + memory * self._sums[k] if k in self._sums else s for k, s in new.items()}
         coordinates, self.planes_ = self.planes_.T @ self.templates_, polar(self._sums["turn"], self.planes_)
         if pair is None:
-            ridge = 1e-3 * self._sums["gram"].diagonal().mean() + 1e-6
-            gram = self._sums["gram"] + ridge * torch.eye(self.templates, dtype=x.dtype, device=x.device)
-            coordinates = F.normalize(torch.linalg.solve(gram, (self._sums["back"] + ridge * coordinates).T).T, dim=0)
+            coordinates = fit_columns(coordinates, self._sums["back"], self._sums["gram"])
         self.templates_ = self.planes_ @ coordinates
         return torch.stack([n.mean() for n in numbers])
 
-    def _pass(self, x, seed, tick, near=None):
+    def _pass(self, x, seed, tick, near=None, memory=None):
         """One epoch over unit rows, with pairs where `near` says which; its row of the history."""
         g = torch.Generator().manual_seed(seed)
         kept = []
         for pick in torch.randperm(len(x), generator=g).to(x.device).split(self.batch):
             other = None if near is None else near[pick, torch.randint(near.shape[1], (len(pick),), generator=g).to(x.device)]
-            kept.append(self._learn(x[pick], None if near is None else x[other]))
+            kept.append(self._learn(x[pick], self.memory if memory is None else memory, None if near is None else x[other]))
             tick()
         f, size, rest, active = torch.stack(kept).double().mean(0).tolist()
         if not math.isfinite(f):
@@ -409,7 +417,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
                     self._begin_templates(rows, self.seed * 1009 + restart)
                 if phase == "best" and epoch == 0:
                     self.planes_, self.templates_, self._sums = kept["planes"].clone(), kept["templates"].clone(), {}
-                row = self._pass(rows, self.seed * 100_003 + i, bar.update, near if phase == "pairs" else None)
+                memory = 1 - (1 - self.memory) * ((1 - self.last_memory) / (1 - self.memory)) ** (epoch / max(1, self.epochs - 1)) if phase == "best" else self.memory
+                row = self._pass(rows, self.seed * 100_003 + i, bar.update, near if phase == "pairs" else None, memory)
                 if phase == "best" or phase == "restart" and epoch == self.restart_epochs - 1:
                     found = self.evaluate(x[:1000])
                     least = self.planes_.new_tensor(found["objective"])
@@ -596,6 +605,7 @@ class Config:
     steps: int = 10
     batch: int = 200
     memory: float = 0.75
+    last_memory: float = 0.95
     neighbours: int = 25
     pair_epochs: int = 30
     restarts: int = 5
