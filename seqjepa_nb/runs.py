@@ -7,8 +7,8 @@ __all__ = ['KINDS', 'IDENTITY', 'SIZES', 'WANDB_MODES', 'find_root', 'published_
            'check_choices', 'request', 'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json',
            'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'Laps',
            'environment', 'Run', 'read_run', 'finished_run', 'only_one', 'read_runs', 'select', 'flatten', 'table',
-           'show', 'mean_sd', 'mean_tree', 'over_seeds', 'commands', 'wandb_mode', 'start_wandb', 'log_history',
-           'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
+           'show', 'mean_sd', 'mean_tree', 'untrained', 'over_seeds', 'commands', 'wandb_mode', 'start_wandb',
+           'log_history', 'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -363,6 +363,11 @@ class Run:
         known = {f"{k}{v}": f"{k.replace('_', ' ')} {v}" for k, v in self.config.items()}
         return ", ".join(known.get(c, c) for c in self.changes.split(", "))
 
+    @property
+    def network(self) -> tuple:
+        """What decides the network and its layout: mode, preset, encoder and group."""
+        return self.config["mode"], self.config["preset"], self.config.get("encoder", "resnet"), self.config.get("group") or "none"
+
 
 def _read(path, read, default):
     if not path.exists():
@@ -497,6 +502,12 @@ def mean_tree(trees: list) -> dict:
         elif values and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             found[key] = sum(values) / len(values)
     return found
+
+
+def untrained(runs: list) -> dict:
+    """The finished runs of no epochs, one (the lowest seed) for each `network`: what a network has before any training."""
+    idle = [r for r in runs if r.finished and r.config.get("epochs") == 0]
+    return {r.network: r for r in sorted(idle, key=lambda r: -r.config["seed"])}
 
 
 def over_seeds(runs: list, columns: dict) -> pd.DataFrame:
