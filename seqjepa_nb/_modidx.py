@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.runs._read': ('runs.html#_read', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs._read_json': ('runs.html#_read_json', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs._sync': ('runs.html#_sync', 'seqjepa_nb/runs.py'),
+                                 'seqjepa_nb.runs.between_seeds': ('runs.html#between_seeds', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.check_choices': ('runs.html#check_choices', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.commands': ('runs.html#commands', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.commit': ('runs.html#commit', 'seqjepa_nb/runs.py'),

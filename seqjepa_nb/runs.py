@@ -7,8 +7,8 @@ __all__ = ['KINDS', 'IDENTITY', 'SIZES', 'WANDB_MODES', 'find_root', 'published_
            'check_choices', 'request', 'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json',
            'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'Laps',
            'environment', 'Run', 'read_run', 'finished_run', 'only_one', 'read_runs', 'select', 'flatten', 'table',
-           'show', 'mean_sd', 'mean_tree', 'untrained', 'over_seeds', 'commands', 'wandb_mode', 'start_wandb',
-           'log_history', 'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
+           'show', 'mean_sd', 'between_seeds', 'mean_tree', 'untrained', 'over_seeds', 'commands', 'wandb_mode',
+           'start_wandb', 'log_history', 'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 import sklearn
 import torch
 from PIL import Image
@@ -490,6 +491,30 @@ def mean_sd(values, form: str = "{:z.2f}") -> str:
     known = pd.Series(values, dtype=float).dropna()
     spread = f" ± {form.format(known.std())}" if len(known) > 1 else ""
     return form.format(known.mean()) + spread if len(known) else "not measured"
+
+
+def between_seeds(runs: list, read) -> pd.DataFrame:
+    """How much numbers differ by the seed alone.
+
+    Parameters
+    ----------
+    runs : list of Run
+        Those that are alike but for the seed make a group.
+    read : callable
+        A run to its numbers by name (None where not measured).
+
+    Returns
+    -------
+    DataFrame
+        A row a number: `sd`, the standard deviation within groups, pooled; `dof`, its degrees of freedom; `least`, what the difference of two single runs of one group exceeds in
+        one case of twenty, t(0.975, dof) sqrt(2) sd (the repeatability limit of ISO 5725-6). NaN where no group has two seeds.
+    """
+    found = pd.DataFrame([read(r) for r in runs], dtype=float)
+    key = [(*(r.config[k] for k in IDENTITY if k != "seed"), r.changes) for r in runs]
+    groups = found.groupby(pd.Series(key, index=found.index, dtype=object), sort=False)
+    dof = (groups.count() - 1).clip(lower=0).sum()
+    sd = ((found - groups.transform("mean")).pow(2).sum() / dof.where(dof > 0)).pow(0.5)
+    return pd.DataFrame({"sd": sd, "dof": dof, "least": scipy.stats.t.ppf(0.975, dof.clip(lower=1)) * math.sqrt(2) * sd})
 
 
 def mean_tree(trees: list) -> dict:
