@@ -7,8 +7,9 @@ __all__ = ['KINDS', 'IDENTITY', 'SIZES', 'WANDB_MODES', 'find_root', 'published_
            'check_choices', 'request', 'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json',
            'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'Laps',
            'environment', 'Run', 'read_run', 'finished_run', 'only_one', 'read_runs', 'select', 'flatten', 'table',
-           'show', 'mean_sd', 'between_seeds', 'mean_tree', 'untrained', 'over_seeds', 'commands', 'wandb_mode',
-           'start_wandb', 'log_history', 'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
+           'show', 'mean_sd', 'between_seeds', 'one_more', 'verdict', 'mean_tree', 'untrained', 'over_seeds',
+           'commands', 'wandb_mode', 'start_wandb', 'log_history', 'log_figures', 'Logbook', 'Terminal', 'terminal',
+           'say', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -515,6 +516,23 @@ def between_seeds(runs: list, read) -> pd.DataFrame:
     dof = (groups.count() - 1).clip(lower=0).sum()
     sd = ((found - groups.transform("mean")).pow(2).sum() / dof.where(dof > 0)).pow(0.5)
     return pd.DataFrame({"sd": sd, "dof": dof, "least": scipy.stats.t.ppf(0.975, dof.clip(lower=1)) * math.sqrt(2) * sd})
+
+
+def one_more(values, spread=()) -> tuple | None:
+    """Where one more seed's number is expected, in nineteen cases of twenty (prediction interval of Student's t), from `values`, one a seed; from a single one, with the spread of other seeds; None without any spread."""
+    of = values if len(values) > 1 else spread
+    if len(of) < 2:
+        return None
+    reach = scipy.stats.t.ppf(0.975, len(of) - 1) * np.std(of, ddof=1) * math.sqrt(1 + 1 / len(of))
+    return np.mean(values) - reach, np.mean(values) + reach
+
+
+def verdict(target: float, values, spread=()) -> str:
+    """Whether a published number is 'reproduced' by ours, one a seed (their mean is within a tenth of it), lies 'within our scatter' (see `one_more`), or is 'not reproduced'."""
+    if abs(target - np.mean(values)) <= 0.1 * abs(target):
+        return "reproduced"
+    expected = one_more(values, spread)
+    return "within our scatter" if expected and expected[0] <= target <= expected[1] else "not reproduced"
 
 
 def mean_tree(trees: list) -> dict:
