@@ -523,7 +523,7 @@ def one_more(values, spread=()) -> tuple | None:
     of = values if len(values) > 1 else spread
     if len(of) < 2:
         return None
-    reach = scipy.stats.t.ppf(0.975, len(of) - 1) * np.std(of, ddof=1) * math.sqrt(1 + 1 / len(of))
+    reach = scipy.stats.t.ppf(0.975, len(of) - 1) * np.std(of, ddof=1) * math.sqrt(1 + 1 / len(values))
     return np.mean(values) - reach, np.mean(values) + reach
 
 

@@ -383,7 +383,7 @@ def rank_monitor(spectra: dict) -> Figure:
 def overlap_heatmap(matrix, labels) -> Figure:
     """Overlap of each two factor subspaces.
 
-    Off the diagonal, 0 (white) means that two factors move z in perpendicular directions, 1 that they share them.
+    Off the diagonal, 0 (white) means that two factors move z in perpendicular directions, 1 that they share one line; a line that lies in the rotation's plane has 0.5.
 
     Parameters
     ----------
@@ -405,7 +405,7 @@ def overlap_heatmap(matrix, labels) -> Figure:
     ax.set_xticks(range(len(labels)), labels)
     ax.set_yticks(range(len(labels)), labels)
     ax.spines[:].set_visible(False)
-    fig.colorbar(shown, ax=ax, shrink=0.9).set_label("0 perpendicular, 1 shared", fontsize=9)
+    fig.colorbar(shown, ax=ax, shrink=0.9).set_label("0 perpendicular; a shared line 1,\na line in the plane 0.5", fontsize=9)
     return fig
 
 # %% ../nbs/06_viz.ipynb #1e7ec6fe
