@@ -136,6 +136,8 @@ def _read_image(path, mode):
             raise ValueError(f"{path} holds pixels whose range is not known (mode {image.mode}, 32 bits). Save it with 8 or 16 bits.")
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:  # what lies under a transparent pixel is anybody's guess: it is shown on black
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
         return np.asarray(image.convert(mode))
 
 
@@ -147,7 +149,7 @@ def _mode(paths):
     """'L' if all images are grey, else 'RGB'."""
     for path in paths:
         with _opened(path) as image:
-            if image.mode not in ("L", "1") and not image.mode.startswith("I"):
+            if image.mode not in ("L", "LA", "1") and not image.mode.startswith("I"):
                 return "RGB"
     return "L"
 
