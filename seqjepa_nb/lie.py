@@ -233,10 +233,10 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     Notes
     -----
     What was learned: ``planes_`` (W, (D, 2L), first coordinates of all planes, then second ones), ``templates_`` (Phi, (D, K)), ``omega_`` (frequencies, (L, n)),
-    ``history_`` (a row an epoch; its ``phase`` is pairs, restart or best), ``restarts_`` (the end of each restart) and ``image_shape_`` (of one image).
+    ``history_`` (a row an epoch; its ``phase`` is pairs, restart or best, after "first " those of other images), ``restarts_`` (the end of each restart) and ``image_shape_`` (of one image).
     """
 
-    __metadata_request__fit = {"checkpoint": UNUSED}
+    __metadata_request__fit = {"checkpoint": UNUSED, "first": UNUSED}
     __metadata_request__inverse_transform = {"code": UNUSED}
 
     def __init__(self, templates=10, torus=2, planes=128, multiplicity=1, reach=None, grid=50, sigma=0.1, sparsity=10.0, steps=10, start=0.01, batch=200, memory=0.75, last_memory=0.95,
@@ -393,28 +393,37 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         gap = self.planes_.T @ self.planes_ - torch.eye(2 * self.planes, dtype=x.dtype, device=x.device)
         return {"objective": f, "snr": size / max(rest, 1e-12), "active": active, "orthonormality": float(gap.abs().max())}
 
-    def fit(self, X, y=None, checkpoint=None):
-        """Learn from images (m, D), (m, h, w) or (m, c, h, w), all channels as pixels; `checkpoint` names a file to go on from and to keep the state of each epoch in."""
+    def fit(self, X, y=None, checkpoint=None, first=None):
+        """Learn from images (m, D), (m, h, w) or (m, c, h, w), all channels as pixels; `checkpoint` names a file to go on from and to keep the state of each epoch in.
+
+        With `first`, other images of the same size such as a few patterns in many poses, all is learned from these before; the planes found there take the place of those from pairs.
+        """
         for name in ("planes_", "templates_"):
             vars(self).pop(name, None)
         x = self._to_learn(X)
+        few = x if first is None else self._to_learn(first)
+        if few.shape[1] != x.shape[1]:
+            raise ValueError(f"first: images of {x.shape[1]} pixels expected, these have {few.shape[1]}")
         self.image_shape_ = tuple(np.shape(X)[1:])
         self._frame(x)
-        rows = self._unit(x)[0]
-        plan = [("pairs", -1, e) for e in range(self.pair_epochs)] + [("restart", r, e) for r in range(self.restarts) for e in range(self.restart_epochs)] + [("best", -1, e) for e in range(self.epochs)]
+        rows_of = {"": self._unit(x)[0], "first ": self._unit(few)[0]}
+        pairs = [("pairs", -1, e) for e in range(self.pair_epochs)]
+        learn = [("restart", r, e) for r in range(self.restarts) for e in range(self.restart_epochs)] + [("best", -1, e) for e in range(self.epochs)]
+        plan = [("", *p) for p in pairs + learn] if first is None else [("first ", *p) for p in pairs + learn] + [("", *p) for p in learn]
         done, self.history_, self.restarts_, self.train_s_, kept = 0, [], [], 0.0, {}
+        marked = torch.cat(list(rows_of.values())[:1 if first is None else 2])
         if checkpoint and Path(checkpoint).exists():
-            done, kept = self._restore(checkpoint, rows)
-        near = self._nearest(rows) if done < self.pair_epochs else None
-        bar = runs.progress((len(plan) - done) * math.ceil(len(x) / self.batch) if self.verbose else 0, "planes and templates")
+            done, kept = self._restore(checkpoint, marked)
+        near = self._nearest(rows_of["first "]) if done < self.pair_epochs else None
+        bar = runs.progress(sum(math.ceil(len(rows_of[stage]) / self.batch) for stage, *_ in plan[done:]) if self.verbose else 0, "planes and templates")
         try:
             if not done:
-                self._begin_planes(rows, self.seed)
-            for i, (phase, restart, epoch) in list(enumerate(plan))[done:]:
-                clock = time.perf_counter()
+                self._begin_planes(rows_of["first "], self.seed)
+            for i, (stage, phase, restart, epoch) in list(enumerate(plan))[done:]:
+                clock, rows = time.perf_counter(), rows_of[stage]
                 if phase == "restart" and epoch == 0:
                     if restart == 0:
-                        kept["start"] = self.planes_.clone()
+                        kept = {"start": kept.get("planes", self.planes_).clone()}
                     self.planes_ = kept["start"].clone()
                     self._begin_templates(rows, self.seed * 1009 + restart)
                 if phase == "best" and epoch == 0:
@@ -422,17 +431,17 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
                 memory = 1 - (1 - self.memory) * ((1 - self.last_memory) / (1 - self.memory)) ** (epoch / max(1, self.epochs - 1)) if phase == "best" else self.memory
                 row = self._pass(rows, self.seed * 100_003 + i, bar.update, near if phase == "pairs" else None, memory)
                 if phase == "best" or phase == "restart" and epoch == self.restart_epochs - 1:
-                    found = self.evaluate(x[:1000])
+                    found = self.evaluate((few if stage else x)[:1000])
                     least = self.planes_.new_tensor(found["objective"])
                     if "least" not in kept or least < kept["least"]:
                         kept |= {"planes": self.planes_.clone(), "templates": self.templates_.clone(), "least": least}
-                    if phase == "restart":
+                    if phase == "restart" and not stage:
                         self.restarts_.append({"restart": restart} | found)
                 self.train_s_ += time.perf_counter() - clock
-                self.history_.append({"epoch": i + 1, "phase": phase, "restart": restart} | row)
+                self.history_.append({"epoch": i + 1, "phase": stage + phase, "restart": restart} | row)
                 bar.set_postfix(snr=f"{row['snr']:.2f}", refresh=False)
                 if checkpoint:
-                    self._keep(checkpoint, kept, rows)
+                    self._keep(checkpoint, kept, marked)
         finally:
             bar.close()
         self.planes_, self.templates_, self._sums = kept["planes"], kept["templates"], {}  # the sums are of what was trained last
@@ -581,7 +590,7 @@ SETTINGS = {"translation": PLANE, "rotation_scale": PLANE, "untransformed": PLAN
 """The torus of each mode."""
 STORED = {"translation": {"objective": 21.96, "snr": 11.27}, "rotation_scale": {"objective": 20.10, "snr": 16.12}, "untransformed": {"objective": 28.04, "snr": 4.55}}
 """What the stored training runs of Chau et al. end with after 20 epochs (github.com/hchau630/LSC, `data/`); of the two of rotation with scale the better one, the other ends at 27.46 and 4.64."""
-VARIANTS = ("lie", "lie_exemplars")
+VARIANTS = ("lie", "lie_exemplars", "lie_few_first")
 
 
 @dataclass(frozen=True)
@@ -798,8 +807,11 @@ def _fit_run(config, folder, wandb_mode):
         started -= sum(before["seconds"].values())
         runs.say(f"{folder.name}: going on after epoch {len(before['history'])}")
     runs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
+    few = training_views(dataclasses.replace(config, variant="lie_exemplars"), images, limits)[0] if config.variant == "lie_few_first" else None
+    if few is not None:
+        runs.say(f"{folder.name}: as many epochs before that, on {len(few)} views of one image a class")
     try:
-        model.fit(views, checkpoint=state)
+        model.fit(views, checkpoint=state, first=few)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             runs.say(f"\ninterrupted: the finished epochs are kept in {folder}. The same command goes on from there.")
@@ -822,8 +834,8 @@ def _fit_run(config, folder, wandb_mode):
     lie = {"snr": found["snr"], "snr_mean": found["snr_mean"], "snr_each": found["snr_each"], "snr_test": model.score(gray(test)), "objective": found["objective"], "restarts": model.restarts_,
            "exemplars": dict(zip(map(str, digits), pick.unique().tolist())) if digits else {}, "alpha_scale": scale,
            "active": float((code[:, :model.templates] > 1e-3).float().sum(1).mean()), "representations": short}
-    epochs = config.pair_epochs + config.restarts * config.restart_epochs + config.epochs
-    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, {"training": model.train_s_}, epochs * len(views), began)
+    shown = sum(len(few if few is not None and row["phase"].startswith("first ") else views) for row in model.history_)
+    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, {"training": model.train_s_}, shown, began)
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     runs.write_json(folder / "metrics.json", {"run": run, "controlled": main, "lie": lie, "environment": environment})
     log.summary.update(runs.plain({"controlled": main, "lie": lie}))
