@@ -98,6 +98,20 @@ def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm, capsys):
     assert numbers(broken) == numbers(whole)
 
 
+def test_few_first_learns_from_one_image_a_class_and_then_from_all(tmp_path, calm):
+    """Both stages stand in the history, the restarts and the counted views; the figure of the notebook draws both."""
+    import nbformat
+    out = tmp_path / "out.ipynb"
+    done = papermill("nbs/21_lie_baseline.ipynb", out, "-p", "variant", "lie_few_first", "-p", "preset", "quick", "-p", "runs_dir", tmp_path / "runs", "-y", json.dumps({"overrides": TINY}))
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, lie, history = numbers(tmp_path / "runs")
+    phases = [row["phase"] for row in history]
+    learn = ["restart"] * 4 + ["best"] * 2
+    assert phases == [f"first {p}" for p in ["pairs"] * 2 + learn] + learn and len(lie["restarts"]) == 2
+    text = "".join(o["data"].get("text/markdown", "") for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if "data" in o)
+    assert "on 60 digits, one a class first" in text
+
+
 def test_folder_of_one_black_class(tmp_path, calm):
     """Two classes, one of them all black: a defined result; all of them black: an error that says so."""
     from PIL import Image
