@@ -809,7 +809,7 @@ def _fit_run(config, folder, wandb_mode):
     runs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
     few = training_views(dataclasses.replace(config, variant="lie_exemplars"), images, limits)[0] if config.variant == "lie_few_first" else None
     if few is not None:
-        runs.say(f"{folder.name}: as many epochs before that, on {len(few)} views of one image a class")
+        runs.say(f"{folder.name}: before that the same on {len(few)} views of one image a class, which all the pairs are of")
     try:
         model.fit(views, checkpoint=state, first=few)
     except BaseException as error:

@@ -367,7 +367,7 @@ class Run:
 
     @property
     def network(self) -> tuple:
-        """What decides the network and its layout: mode, preset, encoder and group."""
+        """Mode, preset, encoder and group, which decide the network and its layout."""
         return self.config["mode"], self.config["preset"], self.config.get("encoder", "resnet"), self.config.get("group") or "none"
 
 
