@@ -117,6 +117,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'seqjepa_nb.lie._fit_run': ('lie.html#_fit_run', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.draw': ('lie.html#draw', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.encoders': ('lie.html#encoders', 'seqjepa_nb/lie.py'),
+                                'seqjepa_nb.lie.few_digits': ('lie.html#few_digits', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.fit_columns': ('lie.html#fit_columns', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.fit_run': ('lie.html#fit_run', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.folder_name': ('lie.html#folder_name', 'seqjepa_nb/lie.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PLANE', 'SETTINGS', 'STORED', 'VARIANTS', 'REPRESENTATIONS', 'frequencies', 'Torus', 'infer_alpha',
-           'polar', 'fit_columns', 'LieSparseCoder', 'Config', 'make_config', 'pose_ranges', 'gray', 'training_views',
-           'encoders', 'own_error', 'yardstick', 'draw', 'folder_name', 'fit_run']
+           'polar', 'fit_columns', 'LieSparseCoder', 'Config', 'make_config', 'pose_ranges', 'gray', 'few_digits',
+           'training_views', 'encoders', 'own_error', 'yardstick', 'draw', 'folder_name', 'fit_run']
 
 # %% ../nbs/09_lie.ipynb #736bfaaf
 import dataclasses
@@ -606,6 +606,7 @@ class Config:
     n_test: int = 1_000
     n_exemplar: int = 6_000
     poses: int = 2
+    few: int = 0
     templates: int = 10
     torus: int = 2
     planes: int = 128
@@ -630,11 +631,16 @@ class Config:
 
 
 def make_config(mode: str = "rotation", variant: str = "lie", preset: str = "auto", dataset: str = "mnist", seed: int = 0, device: str = "auto", overrides: dict | None = None) -> Config:
-    """Put a run's `Config` together: the preset's values, the mode's torus and the overrides; ValueError, with the valid ones, for an unknown name or value."""
+    """Put a run's `Config` together: the preset's values, the mode's torus and the overrides; ValueError, with the valid ones, for an unknown name or value, and for an override that would change nothing."""
     choices = {"mode": tuple(SETTINGS), "variant": VARIANTS, "preset": ("auto", *PRESETS)}
     asked = runs.request(Config, choices, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    values = runs.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked, {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1})
-    return Config(**values)
+    values = runs.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked, {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1, "few": 0})
+    config = Config(**values)
+    if variant == "lie" and "few" in (overrides or {}):
+        raise ValueError("overrides of few would change nothing: variant 'lie' learns from all digits")
+    if config.few > config.n_train:
+        raise ValueError(f"few {config.few} is larger than n_train {config.n_train}")
+    return config
 
 # %% ../nbs/09_lie.ipynb #a0fcc2d2
 def pose_ranges(mode: str, natural: bool = False) -> Ranges:
@@ -647,11 +653,19 @@ def gray(x: Tensor) -> Tensor:
     return x.mean(1, keepdim=True)
 
 
+def few_digits(config: Config, images) -> Tensor:
+    """Indices of the training images that `lie_exemplars` learns from, and `lie_few_first` first: the first of each class or, with `few`, so many of any class, drawn by the seed."""
+    labels = images.train_labels.cpu()
+    if not config.few:
+        return torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed + 7_919))[:config.few].sort().values
+
+
 def training_views(config: Config, images, limits: Ranges) -> tuple:
     """What the model learns from: views (m, 1, h, w), their poses (m, 4) and the indices (m,) of their digits."""
     g = torch.Generator().manual_seed(config.seed)
     if config.variant == "lie_exemplars":
-        own = torch.stack([(images.train_labels.cpu() == k).nonzero()[0, 0] for k in images.train_labels.cpu().unique()])
+        own = few_digits(config, images)
         pick = own[torch.randint(len(own), (config.n_exemplar,), generator=g)]
     else:
         pick = torch.arange(len(images.train)).repeat_interleave(1 if config.mode == "untransformed" else config.poses)
@@ -809,7 +823,7 @@ def _fit_run(config, folder, wandb_mode):
     runs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
     few = training_views(dataclasses.replace(config, variant="lie_exemplars"), images, limits)[0] if config.variant == "lie_few_first" else None
     if few is not None:
-        runs.say(f"{folder.name}: before that the same on {len(few)} views of one image a class, which all the pairs are of")
+        runs.say(f"{folder.name}: before that the same on {len(few)} views of {config.few or 'one image a class'}{' images of any class' if config.few else ''}, which all the pairs are of")
     try:
         model.fit(views, checkpoint=state, first=few)
     except BaseException as error:
@@ -830,9 +844,9 @@ def _fit_run(config, folder, wandb_mode):
     runs.log_figures(log, figures, len(model.history_))
     runs.write_history(folder, model.history_)
     model.save_pretrained(folder)
-    digits = images.train_labels[pick.unique()].tolist() if config.variant == "lie_exemplars" else []
+    chosen = [] if config.variant == "lie" else few_digits(config, images).tolist()
     lie = {"snr": found["snr"], "snr_mean": found["snr_mean"], "snr_each": found["snr_each"], "snr_test": model.score(gray(test)), "objective": found["objective"], "restarts": model.restarts_,
-           "exemplars": dict(zip(map(str, digits), pick.unique().tolist())) if digits else {}, "alpha_scale": scale,
+           "few": {i: int(images.train_labels[i]) for i in chosen}, "alpha_scale": scale,
            "active": float((code[:, :model.templates] > 1e-3).float().sum(1).mean()), "representations": short}
     shown = sum(len(few if few is not None and row["phase"].startswith("first ") else views) for row in model.history_)
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, {"training": model.train_s_}, shown, began)

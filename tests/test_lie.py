@@ -109,7 +109,7 @@ def test_few_first_learns_from_one_image_a_class_and_then_from_all(tmp_path, cal
     learn = ["restart"] * 4 + ["best"] * 2
     assert phases == [f"first {p}" for p in ["pairs"] * 2 + learn] + learn and len(lie["restarts"]) == 2
     text = "".join(o["data"].get("text/markdown", "") for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if "data" in o)
-    assert "on 60 digits, one a class first" in text
+    assert "on 60 digits, one digit a class first" in text
 
 
 def test_folder_of_one_black_class(tmp_path, calm):
