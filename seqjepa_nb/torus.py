@@ -79,16 +79,16 @@ def _turned(plane, sin, cos):
     return torch.stack([cos * a - sin * b, sin * a + cos * b], -1)
 
 
-def act(pose: Tensor, action: Tensor, factors, slow: float = 0.0) -> Tensor:
-    """Move pose codes (..., p) by relative actions (..., 5); with `slow`, shifts and changes of log-scale turn circles by so many radians for each unit."""
+def act(pose: Tensor, action: Tensor, factors, slow: float = 0.0, gain: float = 1.0) -> Tensor:
+    """Move pose codes (..., p) by relative actions (..., 5), a change of log-scale taken `gain` times; with `slow`, shifts and changes of log-scale turn circles by so many radians for each unit."""
     parts = [_turned(pose[..., :2], action[..., 0], action[..., 1])] if "rotation" in factors else []
     columns = [1 + FACTORS.index(f) for f in factors if f != "rotation"]
-    others, by = pose[..., 2 * len(parts):], torch.cat([action[..., :0], *(action[..., i:i + 1] for i in columns)], -1)
+    others, by = pose[..., 2 * len(parts):], torch.cat([action[..., :0], *(action[..., i:i + 1] * (gain if FACTORS[i - 1] == "scale" else 1) for i in columns)], -1)
     moved = _turned(others.unflatten(-1, (-1, 2)), (slow * by).sin(), (slow * by).cos()).flatten(-2) if slow and by.shape[-1] else others + by
     return torch.cat([*parts, moved], -1)
 
 # %% ../nbs/10_torus.ipynb #89299c2b
-def turn_loss(pose: Tensor, actions_to_last: Tensor, factors, slow: float = 0.0) -> Tensor:
+def turn_loss(pose: Tensor, actions_to_last: Tensor, factors, slow: float = 0.0, gain: float = 1.0) -> Tensor:
     """Mean squared distance of each pose code, moved by the action, from each later one.
 
     Parameters
@@ -97,7 +97,7 @@ def turn_loss(pose: Tensor, actions_to_last: Tensor, factors, slow: float = 0.0)
         Codes of the views of a sequence, (b, v, p).
     actions_to_last : Tensor
         The actions that lead from each view to the last, (b, v, 5); the identity for the last itself.
-    factors, slow
+    factors, slow, gain
         See `act`.
 
     Notes
@@ -107,7 +107,7 @@ def turn_loss(pose: Tensor, actions_to_last: Tensor, factors, slow: float = 0.0)
     """
     v = pose.shape[1]
     i, j = torch.triu_indices(v, v, 1, device=pose.device)
-    last = act(pose, actions_to_last, factors, slow)  # (b, v, p)
+    last = act(pose, actions_to_last, factors, slow, gain)  # (b, v, p)
     return (last[:, i] - last[:, j]).pow(2).sum(-1).mean()
 
 

@@ -72,6 +72,7 @@ class Config:
     content_rate_weight: float = 0.01
     content_norm: float = 1.0
     slow: float = 0.0
+    scale_gain: float = 1.0
     integer: bool = True
     subspace_frequency: int = 5
 
@@ -138,7 +139,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 IDLE = (  # settings that nothing reads, and when
-    (lambda c: c.group == "none", "the group is none", ("planes", "turn_weight", "phase_weight", "stay_weight", "content_rate_weight", "content_norm", "slow")),
+    (lambda c: c.group == "none", "the group is none", ("planes", "turn_weight", "phase_weight", "stay_weight", "content_rate_weight", "content_norm", "slow", "scale_gain")),
+    (lambda c: "scale" not in MODES[c.mode], "nothing is scaled in this mode", ("scale_gain",)),
     (lambda c: c.rate == "none", "the rate is none", ("rate_weight", "rate_on")),
     (lambda c: c.target == "stop", "there is no teacher", ("decay",)),
     (lambda c: c.objective == "labels", "labels are learned", ("rate", "rate_weight", "rate_on")),
@@ -155,7 +157,7 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
         If a name or value is unknown, then the message lists the valid ones, or an override would change nothing.
     """
     asked = runs.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0, "lr": 0, "decay": 0}
+    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0, "scale_gain": 0.01, "lr": 0, "decay": 0}
     values = runs.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least, {"decay": 1})
     place = resolve_device(asked["device"])
     if values["precision"] == "auto":
@@ -242,7 +244,7 @@ def pose_loss(config: Config, learner: Learner, pose: Tensor, poses: Tensor) -> 
         return {"turn": (config.turn_weight, generator_loss(learner.generator, pose, to_last)), "spread": (-0.1, spread)}
     factors = MODES[config.mode]
     to_last = relative_action(poses, poses[:, -1:].expand_as(poses))
-    return {"turn": (config.turn_weight, turn_loss(pose, to_last, factors, config.slow)), "phase": (config.phase_weight, phase_loss(pose[:, 0], factors, config.slow))}
+    return {"turn": (config.turn_weight, turn_loss(pose, to_last, factors, config.slow, config.scale_gain)), "phase": (config.phase_weight, phase_loss(pose[:, 0], factors, config.slow))}
 
 
 def loss_of(config: Config, learner: Learner, out, poses: Tensor, labels: Tensor) -> tuple:
@@ -503,7 +505,7 @@ def own_action(config: Config, learner: Learner):
     """How the model's own action moves z: a function of z (m, d) and actions (m, 5), for `measure.controlled`; None if it has no such action."""
     n, device = learner.model.pose_dim, config.device
     if config.group == "known":
-        move = lambda pose, action: act(pose, action, MODES[config.mode], config.slow)
+        move = lambda pose, action: act(pose, action, MODES[config.mode], config.slow, config.scale_gain)
     elif config.group == "generator":
         move = lambda pose, action: learner.generator(pose, torch.atan2(action[:, 0], action[:, 1]))
     else:
