@@ -42,8 +42,9 @@ def executed(path):
 def heading(name, config, notebook):
     """A run's chapter in words: what it is, the folder's name, and the command that makes it again."""
     changed = {k: v for k, v in config.items() if f"-{k}{v}" in name.removeprefix(runs.run_name(config))}
-    titles = TITLES | {"lie": "Lie-group baseline", "lie_exemplars": "Lie-group baseline, one digit a class", "lie_few_first": "Lie-group baseline, one digit a class first"}
-    about = f"{config['mode'].capitalize().replace('_', ' and ')}: {titles[config['variant']]}" + "".join(f", {k} {v}" for k, v in changed.items()) + ("" if config["dataset"] == "mnist" else f", {config['dataset']}") + ("" if config["preset"] == "small" else f", {config['preset']}") + (f", seed {config['seed']}" if config["seed"] else "")
+    which = f"{config['few']} digits of any class" if "few" in changed else "one digit a class"
+    titles = TITLES | {"lie": "Lie-group baseline", "lie_exemplars": f"Lie-group baseline, {which}", "lie_few_first": f"Lie-group baseline, {which} first"}
+    about = f"{config['mode'].capitalize().replace('_', ' and ')}: {titles[config['variant']]}" + "".join(f", {k} {v}" for k, v in changed.items() if k != "few") + ("" if config["dataset"] == "mnist" else f", {config['dataset']}") + ("" if config["preset"] == "small" else f", {config['preset']}") + (f", seed {config['seed']}" if config["seed"] else "")
     asked = " ".join(f"-p {k} {config[k]}" for k in ("mode", "variant", "preset", "dataset", "seed"))
     more = ' -y "{overrides: ' + json.dumps(changed).replace('"', "") + '}"' if changed else ""
     told = (" The baseline gets **no action labels**, while seq-JEPA is given the relative actions." if "lie" in config["variant"] else

@@ -528,11 +528,11 @@ def one_more(values, spread=()) -> tuple | None:
 
 
 def verdict(target: float, values, spread=()) -> str:
-    """Whether a published number is 'reproduced' by ours, one a seed (their mean is within a tenth of it), lies 'within our scatter' (see `one_more`), or is 'not reproduced'."""
+    """Whether a published number is 'reproduced' by ours, one a seed (their mean is within a tenth of it), lies where one more seed's could, 'undecided' (see `one_more`), or is 'not reproduced'."""
     if abs(target - np.mean(values)) <= 0.1 * abs(target):
         return "reproduced"
     expected = one_more(values, spread)
-    return "within our scatter" if expected and expected[0] <= target <= expected[1] else "not reproduced"
+    return "undecided" if expected and expected[0] <= target <= expected[1] else "not reproduced"
 
 
 def mean_tree(trees: list) -> dict:
