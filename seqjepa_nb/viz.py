@@ -183,7 +183,7 @@ MOST = 8
 def sweep_traj_rot(z, angles) -> Figure:
     """Paths of z while each of a few images is turned, in their common plane and each in its own.
 
-    Left, as published, in the plane that all share. Right, each in its own, phases matched: clean codes lie on the faint circle, colours in order; a grey line across it is a jump. The share there says little: a smooth curve always lies near some plane. The percentage over the left panel is of all of z's variance, differences between the images included; it is not the share of the change, and may be large where the turn moves z little.
+    Left, in the plane that all share; its percentage is of all of z's variance, not of the change. Right, each in its own, phases matched: clean codes lie on the faint circle, colours in order; a grey line across it is a jump, and the share says little.
 
     Parameters
     ----------
