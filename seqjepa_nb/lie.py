@@ -294,6 +294,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         """ValueError unless something was learned, with the parameters that are set; follows a device, dtype or grid that was set since."""
         if not hasattr(self, "planes_"):
             raise NotFittedError("this LieSparseCoder has learned nothing yet: call fit first")
+        self._check(len(self.planes_))
         if changed := [n for n in self._shape if getattr(self, n) != self._shape[n]]:
             raise ValueError(f"learned with {', '.join(f'{n} = {self._shape[n]}' for n in changed)}, set to {', '.join(str(getattr(self, n)) for n in changed)} since: call fit again")
         before, place = self.planes_, dict(device=resolve_device(self.device), dtype=getattr(torch, self.dtype))
@@ -302,12 +303,12 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             self._sums = {}
             self._frame(self.planes_)
 
-    def _to_learn(self, X):
+    def _to_learn(self, X, name="X"):
         """Rows on the device that can be learned from."""
-        x = self._rows(X)
+        x = self._rows(X, name)
         self._check(x.shape[1])
         if not x.any():
-            raise ValueError("X is black everywhere: there is nothing to learn")
+            raise ValueError(f"{name} is black everywhere: there is nothing to learn")
         return x
 
     def _unit(self, x):
@@ -401,7 +402,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         for name in ("planes_", "templates_"):
             vars(self).pop(name, None)
         x = self._to_learn(X)
-        few = x if first is None else self._to_learn(first)
+        few = x if first is None else self._to_learn(first, "first")
         if few.shape[1] != x.shape[1]:
             raise ValueError(f"first: images of {x.shape[1]} pixels expected, these have {few.shape[1]}")
         self.image_shape_ = tuple(np.shape(X)[1:])
@@ -514,6 +515,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     def act(self, z: Tensor, s: Tensor) -> Tensor:
         """Turn complex plane coordinates (m, L) by s (m, n): R(s)."""
+        if not hasattr(self, "planes_"):
+            self._ready()
         return z * torch.polar(torch.ones_like(z.real), s.to(z.real) @ self.omega_.to(z.real).T)
 
     def coordinates(self, X) -> Tensor:
@@ -532,6 +535,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     @torch.no_grad()
     def evaluate(self, X) -> dict:
         """Of images brought to unit length, with moments on twice the grid (a good model's posterior is narrower than a step of it): `objective` (the mean negative log posterior of image and alpha), and signal to noise: `snr` with the most probable s, `snr_mean` with the posterior mean of R(s), `snr_each` the same as the mean of the images' own ratios."""
+        self._ready()
         total, fine = torch.zeros(5, dtype=torch.float64), Torus(self.omega_, 2 * self.grid)
         for x in self._chunks(X):
             x = self._unit(x)[0]
@@ -570,8 +574,12 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         self._check(len(planes))
         if planes.shape[1:] != (2 * self.planes,) or templates.shape != (len(planes), self.templates):
             raise ValueError(f"planes ({len(planes)}, {2 * self.planes}) and templates ({len(planes)}, {self.templates}) expected, not {tuple(planes.shape)} and {tuple(templates.shape)}")
-        if (gap := (planes.double().T @ planes.double() - torch.eye(2 * self.planes, dtype=torch.float64, device=planes.device)).abs().max()) > 1e-3:
+        if (gap := (planes.double().T @ planes.double() - torch.eye(2 * self.planes, dtype=torch.float64, device=planes.device)).abs().max()).isnan() or gap > 1e-3:
             raise ValueError(f"planes: orthonormal columns expected; these are off by {gap:.1e}")
+        if not templates.isfinite().all():
+            raise ValueError("templates hold NaN or infinity")
+        if image_shape and math.prod(image_shape) != len(planes):
+            raise ValueError(f"image_shape {tuple(image_shape)} has {math.prod(image_shape)} pixels, the planes have {len(planes)}")
         self.planes_, self.templates_, self.image_shape_ = planes.to(**place), templates.to(**place), tuple(image_shape or planes.shape[:1])
         self._frame(self.planes_)
         self.history_, self.restarts_, self._sums = [], [], {}
