@@ -82,6 +82,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'seqjepa_nb.lie.LieSparseCoder._learn': ('lie.html#liesparsecoder._learn', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.LieSparseCoder._mark': ('lie.html#liesparsecoder._mark', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.LieSparseCoder._nearest': ('lie.html#liesparsecoder._nearest', 'seqjepa_nb/lie.py'),
+                                'seqjepa_nb.lie.LieSparseCoder._numbers': ('lie.html#liesparsecoder._numbers', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.LieSparseCoder._pass': ('lie.html#liesparsecoder._pass', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.LieSparseCoder._ready': ('lie.html#liesparsecoder._ready', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.LieSparseCoder._real': ('lie.html#liesparsecoder._real', 'seqjepa_nb/lie.py'),

@@ -233,7 +233,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     Notes
     -----
     What was learned: ``planes_`` (W, (D, 2L), first coordinates of all planes, then second ones), ``templates_`` (Phi, (D, K)), ``omega_`` (frequencies, (L, n)),
-    ``history_`` (a row an epoch; its ``phase`` is pairs, restart or best, after "first " those of other images), ``restarts_`` (the end of each restart) and ``image_shape_`` (of one image).
+    ``history_`` (a row an epoch, as means over its steps, ``snr`` with the posterior mean of R(s); its ``phase`` is pairs, restart or best, after "first " those of other images), ``restarts_`` (the end of each restart) and ``image_shape_`` (of one image).
     """
 
     __metadata_request__fit = {"checkpoint": UNUSED, "first": UNUSED}
@@ -266,8 +266,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             raise ValueError(f"planes = {self.planes} need {2 * self.planes} orthogonal directions, images of {pixels} pixels have {pixels}: planes is at most {pixels // 2}")
         Torus(frequencies(self.torus, self.planes, self.multiplicity, self.reach), self.grid)  # says what does not fit
 
-    def _rows(self, X, name="X"):
-        """Images (m, ...) as rows (m, D) on the device, checked."""
+    def _numbers(self, X, name):
+        """An array or tensor of real, finite numbers as a tensor on the device."""
         if not isinstance(X, Tensor):
             try:
                 array = np.asarray(X)
@@ -278,11 +278,17 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             x = torch.from_numpy(np.ascontiguousarray(array, dtype=self.dtype))
         elif (x := X).is_complex():
             raise ValueError(f"{name}: an array of real numbers expected, not of {x.dtype}")
-        if x.ndim < 2 or not len(x):
-            raise ValueError(f"{name}: images (m, D), (m, h, w) or (m, 1, h, w) expected, not {tuple(x.shape)}")
-        x = x.to(resolve_device(self.device), getattr(torch, self.dtype)).flatten(1)
+        x = x.to(resolve_device(self.device), getattr(torch, self.dtype))
         if not x.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
+        return x
+
+    def _rows(self, X, name="X"):
+        """Images (m, ...) as rows (m, D) on the device, checked."""
+        x = self._numbers(X, name)
+        if x.ndim < 2 or not len(x):
+            raise ValueError(f"{name}: images (m, D), (m, h, w) or (m, 1, h, w) expected, not {tuple(x.shape)}")
+        x = x.flatten(1)
         size = x.square().sum(1)
         if not size.isfinite().all() or (x.any(1) & (size < 1e-20)).any():
             raise ValueError(f"{name} holds numbers whose squares {self.dtype} cannot hold: bring images to a scale of about 1")
@@ -399,12 +405,15 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
         With `first`, other images of the same size such as a few patterns in many poses, all is learned from these before; the planes found there take the place of those from pairs.
         """
-        for name in ("planes_", "templates_"):
-            vars(self).pop(name, None)
-        x = self._to_learn(X)
-        few = x if first is None else self._to_learn(first, "first")
-        if few.shape[1] != x.shape[1]:
-            raise ValueError(f"first: images of {x.shape[1]} pixels expected, these have {few.shape[1]}")
+        learned = {name: vars(self).pop(name) for name in ("planes_", "templates_") if hasattr(self, name)}
+        try:
+            x = self._to_learn(X)
+            few = x if first is None else self._to_learn(first, "first")
+            if few.shape[1] != x.shape[1]:
+                raise ValueError(f"first: images of {x.shape[1]} pixels expected, these have {few.shape[1]}")
+        except ValueError:
+            vars(self).update(learned)  # what cannot be learned from takes nothing away
+            raise
         self.image_shape_ = tuple(np.shape(X)[1:])
         self._frame(x)
         rows_of = {"": self._unit(x)[0], "first ": self._unit(few)[0]}
@@ -506,7 +515,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     def inverse_transform(self, code) -> Tensor:
         """The images of codes (m, K + n), in the shape of those that were learned from."""
         self._ready()
-        code = torch.as_tensor(code).to(self.planes_)
+        code = self._numbers(code, "code")
         if code.ndim != 2 or code.shape[1] != self.templates + self.torus:
             raise ValueError(f"code: (m, {self.templates + self.torus}) expected, not {tuple(code.shape)}")
         alpha, s = code.split([self.templates, self.torus], 1)
@@ -701,7 +710,9 @@ def _code(angles, alpha, scale):
 def own_error(model: LieSparseCoder, z: Tensor, steps, cyclic: bool, held_out: float = 0.25) -> float:
     """Relative squared error of R(s), one s for each step, on held-out anchors of a sweep of plane coordinates z (a, n, 2L)."""
     w = model._complex(z.to(model.planes_))
-    held = round(len(w) * held_out)
+    held = max(1, round(len(w) * held_out))
+    if held == len(w):
+        raise ValueError("own_error needs two anchors at least: one to infer s from, one to try it on")
     errors = []
     for step in steps:
         pair = lambda w: (w, w.roll(-step, 1)) if cyclic else (w[:, :-step], w[:, step:])
