@@ -61,6 +61,7 @@ class Config:
     rate: str = "published"
     rate_on: str = "z_agg"
     rate_weight: float = 0.01
+    predict_weight: float = 1.0
     encoder: str = "resnet"
     aggregator: str = "transformer"
     predictor: str = "mlp"
@@ -143,7 +144,7 @@ IDLE = (  # settings that nothing reads, and when
     (lambda c: "scale" not in MODES[c.mode], "nothing is scaled in this mode", ("scale_gain",)),
     (lambda c: c.rate == "none", "the rate is none", ("rate_weight", "rate_on")),
     (lambda c: c.target == "stop", "there is no teacher", ("decay",)),
-    (lambda c: c.objective == "labels", "labels are learned", ("rate", "rate_weight", "rate_on")),
+    (lambda c: c.objective == "labels", "labels are learned", ("rate", "rate_weight", "rate_on", "predict_weight")),
 )
 
 
@@ -257,7 +258,7 @@ def loss_of(config: Config, learner: Learner, out, poses: Tensor, labels: Tensor
                  "pose": F.mse_loss(learner.pose(out.z).float(), truth)}
         return parts["class"] + parts["pose"], parts
     parts = {"prediction": 1 - F.cosine_similarity(out.prediction.float(), out.target.float()).mean(), "rate": rate_of(config, learner, out)}
-    loss = parts["prediction"] - config.rate_weight * parts["rate"]
+    loss = config.predict_weight * parts["prediction"] - config.rate_weight * parts["rate"]
     if config.group != "none":
         pose, content = out.z.split([learner.model.pose_dim, learner.model.dim - learner.model.pose_dim], -1)
         asked = pose_loss(config, learner, pose, poses[:, :-1])
