@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'KINDS', 'AHEAD', 'ON_ALL', 'in_chunks', 'show_views', 'probe_data',
-           'controlled', 'ahead_errors', 'columns', 'inside', 'outside', 'Goal', 'goals', 'reached', 'by_construction',
-           'one_measure', 'unimposed']
+           'controlled', 'ahead_errors', 'columns', 'whole', 'inside', 'outside', 'Goal', 'goals', 'reached',
+           'by_construction', 'one_measure', 'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
 from collections.abc import Callable
@@ -175,7 +175,7 @@ def columns(mode: str) -> dict:
     """The controlled numbers that a table of a mode shows: dotted names in `metrics.json` -> titles."""
     share = {f"controlled.factors.{f}.ev": ("top-2 share" if f == "rotation" else f"{f} share") for f in MODES[mode]}
     read = {f"controlled.factors.{f}.r2": f"R² {f}" for f in MODES[mode]}
-    outside = {f"controlled.factors.{f}.r2_complement": f"R² {f} outside" for f in MODES[mode]} if mode == "rotation" else {}
+    outside = {f"controlled.factors.{f}.r2_complement": f"R² {f} outside, linear" for f in MODES[mode]} if mode == "rotation" else {}
     return share | read | outside | {"controlled.class_z": "class z", "controlled.class_z_agg": "class z_agg"}
 
 
@@ -183,8 +183,13 @@ def _either(report, key):
     return max((v for suffix in KINDS if (v := report.get(f"{key}{suffix}")) is not None), default=None)
 
 
+def whole(report: dict) -> float | None:
+    """What is read of a factor from all of z, from its part of the controlled numbers: the larger R2 of the linear probe and the MLP; None if neither was asked."""
+    return _either(report, "r2")
+
+
 def inside(report: dict) -> float | None:
-    """What is read of a factor from its subspace alone, from its part of the controlled numbers: the larger R2 of the linear probe and the MLP; None if neither was asked."""
+    """The same from its subspace alone."""
     return _either(report, "r2_subspace")
 
 
