@@ -13,6 +13,7 @@ __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'TITLES', 'CHOICES', 'IDLE', 'RATES',
 import dataclasses
 import math
 import os
+import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -549,16 +550,17 @@ def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, a
 
 
 def estimate_minutes(step: Step, optimisers: dict, epochs: int) -> float:
-    """Minutes that `epochs` epochs will take, from two timed steps after some that warm up; then all is as it was before, but that the step may be recorded."""
+    """Minutes that `epochs` epochs will take, from the median of five timed steps after some that warm up; then all is as it was before, but that the step may be recorded."""
     config, warm = step.config, 5 if step.records else 1
     before = pack(step.learner, step.probes, optimisers)
     p = draw_poses(config, config.batch, step.limits, epoch_generator(config, 0))
     step.learner.train()
-    for i in range(warm + 2):
-        if i == warm:
-            start = time.perf_counter()
+    times = []
+    for _ in range(warm + 5):
+        start = time.perf_counter()
         step(torch.arange(config.batch, device=p.device), p).tolist()
-    took = (time.perf_counter() - start) / 2
+        times.append(time.perf_counter() - start)
+    took = statistics.median(times[warm:])  # one that was held up says nothing
     rewind(before, step.learner, step.probes, optimisers)
     return took * (config.n_train // config.batch) * epochs / 60
 
