@@ -261,6 +261,8 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
     for what, n in (("n_train", n_train), ("n_test", n_test)):
         if n is not None and n < 1:
             raise ValueError(f"{what} is a whole number of at least 1, or None for all, not {n}")
+    if not isinstance(dataset, (str, os.PathLike)):
+        raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not {type(dataset).__name__}: put arrays into an ImageSet, or write them to such a folder")
     top, classes = data_root(root), tuple(str(i) for i in range(10))
     if dataset == "mnist":
         (a, la, b, lb), source = _mnist(top)

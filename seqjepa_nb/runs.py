@@ -95,9 +95,9 @@ def request(kind, choices: dict, overrides: dict | None, device: str, **asked) -
         raise ValueError(f"overrides: names and values expected, as in -y \"{{overrides: {{epochs: 3}}}}\", not {overrides!r}")
     if unknown := set(overrides or {}) - names:
         raise ValueError(f"overrides has unknown names {', '.join(sorted(map(str, unknown)))}. Valid: {', '.join(sorted(names))}")
-    place, data = resolve_device(device), str(asked["dataset"]).strip()
-    if not data:
-        raise ValueError("dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not empty")
+    place, data = resolve_device(device), asked["dataset"]
+    if not isinstance(data, (str, os.PathLike)) or not (data := str(data).strip()):
+        raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not {type(data).__name__ if not isinstance(data, str) else 'empty'}")
     if data not in ("mnist", "cifar10") and Path(data).expanduser().is_dir():
         data = str(Path(data).expanduser().resolve())  # one folder, however it is written
     if asked["preset"] == "auto":
