@@ -61,7 +61,7 @@ def test_published_runs_are_shown_as_they_ran(site):
 
 def test_a_run_that_a_chapter_names_is_a_link_to_its_page(site):
     run = "rotation-torus_phase-base-mnist-s0"
-    page = (site.html / "nbs/31_why_the_gap.html").read_text()
+    page = (site.html / "nbs/37_known_action.html").read_text()
     assert f'href="../runs/{run}/20_train.html">{run}</a></span></code>' in page and f'<span class="pre">{run}</span>' not in page
 
 
