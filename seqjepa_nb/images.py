@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MNIST_STATS', 'CIFAR_STATS', 'MNIST_MD5', 'SUFFIXES', 'CIFAR_URL', 'CIFAR_MD5', 'CIFAR_CLASSES', 'ImageSet',
-           'to_float', 'normalise', 'data_root', 'load_images']
+           'to_float', 'statistics', 'normalise', 'data_root', 'load_images']
 
 # %% ../nbs/00_images.ipynb #123889a6
 import hashlib
@@ -26,7 +26,7 @@ class ImageSet:
 
     `train` and `test` are uint8 of shape (n, c, h, w); labels are int64 of shape (n,). `mean` and `std` hold one number
     a channel, for pixels in [0, 1]. `source` says where the pixels came from: mnist, mnist5k, cifar10,
-    cifar10-folder or folder.
+    cifar10-folder, folder or arrays.
     """
     train: Tensor
     train_labels: Tensor
@@ -36,6 +36,41 @@ class ImageSet:
     source: str
     mean: tuple
     std: tuple
+
+    @classmethod
+    def from_arrays(cls, train, train_labels, test, test_labels) -> "ImageSet":
+        """A data set from arrays or tensors.
+
+        Parameters
+        ----------
+        train, test : array
+            Images of one size, (n, h, w) or (n, c, h, w) with c 1 or 3, uint8 in 0 to 255 or floats in [0, 1].
+        train_labels, test_labels : array
+            (n,) whole numbers or texts; the classes are those of `train_labels`, sorted.
+
+        Returns
+        -------
+        ImageSet
+
+        Raises
+        ------
+        ValueError
+            If shapes, numbers or labels are not these; the message names the argument.
+        """
+        a, b = (_pixels(name, x) for name, x in (("train", train), ("test", test)))
+        if a.shape[1:] != b.shape[1:]:
+            raise ValueError(f"test: images of {tuple(a.shape[1:])} expected, as in train, not {tuple(b.shape[1:])}")
+        labels = {name: np.asarray(y) for name, y in (("train_labels", train_labels), ("test_labels", test_labels))}
+        for (name, y), x in zip(labels.items(), (a, b)):
+            if y.shape != (len(x),) or y.dtype.kind not in "iuUb":
+                raise ValueError(f"{name}: {len(x)} whole numbers or texts expected, one an image, not {y.dtype} of shape {y.shape}")
+        classes = np.unique(labels["train_labels"])
+        if len(classes) < 2:
+            raise ValueError(f"train_labels: at least 2 classes are needed, not {len(classes)}")
+        if unknown := set(labels["test_labels"].tolist()) - set(classes.tolist()):
+            raise ValueError(f"test_labels: {', '.join(sorted(map(str, unknown)))} is no class of train_labels")
+        la, lb = (torch.from_numpy(np.searchsorted(classes, y)) for y in labels.values())
+        return cls(a, la, b, lb, tuple(map(str, classes)), "arrays", *statistics(a))
 
     @property
     def natural(self) -> bool:
@@ -62,6 +97,25 @@ def to_float(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8:
         raise ValueError(f"images: uint8 in 0 to 255 expected, not {images.dtype}")
     return images.to(torch.float32).div_(255)
+
+
+def statistics(images: Tensor) -> tuple:
+    """Mean and standard deviation of each channel over the first 2 000 images (uint8, (n, c, h, w)), for pixels in [0, 1]; a deviation is at least 0.001."""
+    pixels = to_float(images[:2000]).transpose(0, 1).flatten(1)  # (c, n h w)
+    return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp_min(1e-3).tolist())
+
+
+def _pixels(name, x):
+    """Images of somebody's own as uint8 (n, c, h, w)."""
+    x = torch.as_tensor(x)
+    x = x[:, None] if x.ndim == 3 else x
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
+        raise ValueError(f"{name}: images of shape (n, h, w) or (n, c, h, w) with c 1 or 3 expected, not {tuple(x.shape)}")
+    if x.dtype == torch.uint8:
+        return x.contiguous()
+    if not x.is_floating_point() or not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(f"{name}: uint8 in 0 to 255 or floats in [0, 1] expected, not {x.dtype}" + (f" from {x.min():g} to {x.max():g}" if x.is_floating_point() else ""))
+    return (x * 255).round().to(torch.uint8).contiguous()
 
 
 def normalise(x: Tensor, mean, std) -> Tensor:
@@ -262,7 +316,7 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
         if n is not None and n < 1:
             raise ValueError(f"{what} is a whole number of at least 1, or None for all, not {n}")
     if not isinstance(dataset, (str, os.PathLike)):
-        raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not {type(dataset).__name__}: put arrays into an ImageSet, or write them to such a folder")
+        raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not {type(dataset).__name__}: arrays go into `ImageSet.from_arrays` and then to `fit(config, images=...)`, or into such a folder")
     top, classes = data_root(root), tuple(str(i) for i in range(10))
     if dataset == "mnist":
         (a, la, b, lb), source = _mnist(top)
@@ -273,8 +327,7 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
     else:
         (a, la, b, lb), classes = _folder(Path(dataset).expanduser())
         source = "folder"
-        pixels = to_float(a[:2000])
-        mean, std = (tuple(f(pixels.transpose(0, 1).flatten(1)).tolist()) for f in (lambda p: p.mean(1), lambda p: p.std(1).clamp_min(1e-3)))
+        mean, std = statistics(a)
     short = {what: (n, len(x)) for what, n, x in (("train", n_train, a), ("test", n_test, b)) if n is not None and n > len(x)}
     if short:
         raise ValueError("; ".join(f"{n} {what} images asked for, {there} there" for what, (n, there) in short.items())

@@ -599,7 +599,7 @@ def folder_name(config: Config) -> str:
     return runs.run_name(config.to_dict(), usual)
 
 
-def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
+def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None, images=None):
     """Train one run, measure it, and write its folder.
 
     Parameters
@@ -610,25 +610,43 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None):
         Where the run's folder is made.
     wandb_mode : str, optional
         'offline', 'online' or 'disabled'; by default `$WANDB_MODE`, else offline.
+    images : ImageSet, optional
+        Images of one's own (`ImageSet.from_arrays`), as many as `n_train` and `n_test` say; `dataset` is then their name. By default those that `dataset` says.
 
     Returns
     -------
     runs.Run
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run of another configuration or of other images, or the images given are not those of the configuration.
     """
     wandb_mode, folder = runs.wandb_mode(wandb_mode), Path(runs_dir) / folder_name(config)
+    if images is not None:
+        _own_images(config, images)
     processes.join(torch.device(config.device).type)
     lead = processes.first()
     if (there := runs.finished_run(folder, config.to_dict(), lambda text: lead and runs.say(text))) is not None:
+        if images is not None and there.metrics["environment"].get("images") != images.mark():
+            raise ValueError(f"{folder} holds a finished run of other images. Give them another name by dataset, or remove it.")
         return there
     with runs.only_one(folder.parent, folder.name) if lead else nullcontext():
-        return _fit(config, folder, wandb_mode)
+        return _fit(config, folder, wandb_mode, images)
 
 
-def _fit(config, folder, wandb_mode):
+def _own_images(config, images):
+    if config.dataset in ("mnist", "cifar10"):
+        raise ValueError(f"images are given, so dataset is to be a name for them, not {config.dataset!r}")
+    if (there := {"n_train": len(images.train), "n_test": len(images.test)}) != (asked := {k: getattr(config, k) for k in there}):
+        raise ValueError(f"images: {' and '.join(f'{k} {n}' for k, n in asked.items())} asked for, {there['n_train']} and {there['n_test']} there. Override {', '.join(f'{k}: {n}' for k, n in there.items())}.")
+
+
+def _fit(config, folder, wandb_mode, images):
     started, laps, code = time.time(), runs.Laps(), runs.commit()
     lead, spare = processes.first(), torch.get_num_threads() if torch.device(config.device).type == "cuda" else 1  # a CPU that trains has no core to spare
     say = lambda text: lead and runs.say(text)
-    images, limits, learner, probes, optimisers = prepare(config)
+    images, limits, learner, probes, optimisers = prepare(config, images and images.to(config.device))
     state_file, history, wandb_id, mark = folder / "state.safetensors", [], None, images.mark()
     if state_file.exists():
         tensors, meta = runs.load_state(state_file)
@@ -705,7 +723,7 @@ def _fit(config, folder, wandb_mode):
     laps("saving")
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
-                                   config.epochs * steps * config.batch * config.views, code)
+                                   config.epochs * steps * config.batch * config.views, code) | {"images": mark}
     last = {"loss": history[-1]["loss"]} if history else {}
     runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
     log.summary.update({"published": numbers, "controlled": found})

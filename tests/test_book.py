@@ -106,9 +106,10 @@ def test_publishing_keeps_what_is_there_until_the_new_is_whole(publishing, tmp_p
 
 
 def test_the_readme_examples_run(tmp_path):
-    model, own, coder, trained = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    model, own, coder, mine, trained = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     code = model + "assert out.z.shape == (64, 3, 128) and out.prediction.shape == out.target.shape == (64, 128)\n"
     code += own + "assert 0 < numbers['class_z'] < 1\n" + coder.replace(".fit(views)", ".set_params(pair_epochs=3, restarts=1, restart_epochs=2, epochs=2).fit(views[:1000])") + "assert code.shape == (100, 11) and coder.score(views) > 1\n"
+    code += mine.replace('"batch": 50', '"batch": 50, "epochs": 1') + "assert run.metrics['environment']['data'] == 'arrays' and run.name.startswith('rotation-torus_phase-quick-noise-s0-')\n"
     code += "from pathlib import Path; SeqJEPA(width=16).save_pretrained('runs/r'); Path('runs/r/config.json').write_text('{}'); Path('runs/r/metrics.json').write_text('{\"images\": {\"mean\": [0.13], \"std\": [0.3]}}')\n"
     code += trained.replace("runs/rotation-original-quick-mnist-s0", "runs/r") + "assert z.shape == (64, 128)\n"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"SEQJEPA_DATA": str(data_root())}, check=True)
