@@ -28,10 +28,10 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from . import lie, runs, train
+from . import baseline, runs, train
 
 # %% ../nbs/13_sweep.ipynb #0bd21b6f
-NOTEBOOKS = {"20_train": train, "21_lie_baseline": lie}
+NOTEBOOKS = {"20_train": train, "21_lie_baseline": baseline}
 AXES = ("notebook", "mode", "variant", "preset", "dataset", "seed", "device", "overrides")
 DEFAULTS = {"runs_dir": "runs", "executor": "local", "jobs": 1, "threads": 1, "minutes": 1440, "slurm": {}}
 EXECUTORS = ("local", "slurm")

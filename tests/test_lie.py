@@ -21,7 +21,7 @@ def options(**more):
 def fit_here(folder, **more):
     """Train a tiny run into `folder`, in this process: importing the package again would take longer than the run."""
     import torch
-    from seqjepa_nb.lie import fit_run, make_config
+    from seqjepa_nb.baseline import fit_run, make_config
     torch.set_num_threads(1)
     return fit_run(make_config(**options(**more)), folder)
 
@@ -74,7 +74,7 @@ def test_the_notebook_refuses_values_before_any_work(tmp_path, calm, parameters,
 
 
 def test_unknown_values_name_the_valid_ones():
-    from seqjepa_nb.lie import make_config
+    from seqjepa_nb.baseline import make_config
     for options, words in (({"variant": "best"}, "lie, lie_exemplars"), ({"preset": "huge"}, "quick"), ({"seed": "one"}, "seed is a whole number"), ({"device": "cuda:99"}, "is not there"), ({"overrides": {"lrr": 1}}, "unknown names lrr")):
         with pytest.raises(ValueError, match=words):
             make_config(**options)
@@ -83,7 +83,7 @@ def test_unknown_values_name_the_valid_ones():
 def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm, capsys):
     from seqjepa_nb.runs import load_state
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code = f"import torch; torch.set_num_threads(1); from seqjepa_nb.lie import fit_run, make_config; fit_run(make_config(**{options()!r}), {str(broken)!r})"
+    code = f"import torch; torch.set_num_threads(1); from seqjepa_nb.baseline import fit_run, make_config; fit_run(make_config(**{options()!r}), {str(broken)!r})"
     process, done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
     while done < 3 and process.poll() is None:
         state = next(broken.glob("*/state.safetensors"), None)
