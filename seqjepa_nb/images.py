@@ -61,6 +61,7 @@ class ImageSet:
         if a.shape[1:] != b.shape[1:]:
             raise ValueError(f"test: images of {tuple(a.shape[1:])} expected, as in train, not {tuple(b.shape[1:])}")
         labels = {name: np.asarray(y) for name, y in (("train_labels", train_labels), ("test_labels", test_labels))}
+        labels = {name: np.array(y.tolist()) if y.dtype == object and len({*map(type, y.flat)}) == 1 else y for name, y in labels.items()}  # a column of a table
         for (name, y), x in zip(labels.items(), (a, b)):
             if y.shape != (len(x),) or y.dtype.kind not in "iuUb":
                 raise ValueError(f"{name}: {len(x)} whole numbers or texts expected, one an image, not {y.dtype} of shape {y.shape}")
@@ -80,11 +81,11 @@ class ImageSet:
         return bool(to_float(self.train[:1000].cpu())[..., edge].mean() > 0.05)
 
     def mark(self) -> int:
-        """A checksum of all pixels and labels, which tells one set from another."""
+        """A checksum of all pixels, labels and names of classes, which tells one set from another."""
         found = 0
         for part in (self.train, self.train_labels, self.test, self.test_labels):
             found = zlib.crc32(part.cpu().contiguous().numpy(), found)
-        return found
+        return zlib.crc32("\n".join(self.classes).encode(), found)
 
     def to(self, device):
         """The same images on `device`."""
@@ -107,8 +108,13 @@ def statistics(images: Tensor) -> tuple:
 
 def _pixels(name, x):
     """Images of somebody's own as uint8 (n, c, h, w)."""
-    x = torch.as_tensor(x)
+    try:
+        x = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: an array or tensor of images of one size expected ({error})") from error
     x = x[:, None] if x.ndim == 3 else x
+    if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        raise ValueError(f"{name}: channels come first, (n, c, h, w), not {tuple(x.shape)}: x.transpose(0, 3, 1, 2) of an array brings them there")
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
         raise ValueError(f"{name}: images of shape (n, h, w) or (n, c, h, w) with c 1 or 3 expected, not {tuple(x.shape)}")
     if x.dtype == torch.uint8:
@@ -235,7 +241,7 @@ def _class_folders(top: Path):
 
 def _folder(top: Path):
     if not top.is_dir():
-        raise ValueError(f"{top} is not a folder. `dataset` is 'mnist', 'cifar10' or the path of a folder of images by class.")
+        raise ValueError(f"{top} is not a folder. `dataset` is 'mnist', 'cifar10' or the path of a folder of images by class, or a name for images given to `fit`, which then takes them each time.")
     parts = [name for name in ("train", "test") if (top / name).is_dir() and not _images(top / name)]
     if len(parts) == 1:
         raise ValueError(f"{top} has {parts[0]} and no {'test' if parts == ['train'] else 'train'}: expected {top}/train/<class>/* and {top}/test/<class>/*, or {top}/<class>/* to have it split.")

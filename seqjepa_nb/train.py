@@ -12,7 +12,6 @@ __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'TITLES', 'CHOICES', 'IDLE', 'RATES',
 # %% ../nbs/08_train.ipynb #fb526fd5
 import dataclasses
 import math
-import os
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from . import measure, processes, runs, subspace, viz
 from .affine import MODES, pose_targets, ranges, relative_action, sample_poses, warp, wrap
 from .beside import Beside, bring_up
 from .crate import block_report, blocks_of, head_energy
-from .images import load_images, normalise, to_float
+from .images import ImageSet, load_images, normalise, to_float
 from .model import AGGREGATORS, ENCODERS, PREDICTORS, SeqJEPA
 from .probes import OnlineProbes
 from .rate import coding_rate, normalised_rate, sigreg_penalty, vicreg_penalty
@@ -636,6 +635,8 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None, images=N
 
 
 def _own_images(config, images):
+    if not isinstance(images, ImageSet):
+        raise ValueError(f"images is an ImageSet (see `ImageSet.from_arrays`), not {type(images).__name__}")
     if config.dataset in ("mnist", "cifar10"):
         raise ValueError(f"images are given, so dataset is to be a name for them, not {config.dataset!r}")
     if (there := {"n_train": len(images.train), "n_test": len(images.test)}) != (asked := {k: getattr(config, k) for k in there}):
@@ -723,7 +724,7 @@ def _fit(config, folder, wandb_mode, images):
     laps("saving")
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
-                                   config.epochs * steps * config.batch * config.views, code) | {"images": mark}
+                                   config.epochs * steps * config.batch * config.views, code) | {"images": mark, "image_shape": list(images.train.shape[1:])}
     last = {"loss": history[-1]["loss"]} if history else {}
     runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
     log.summary.update({"published": numbers, "controlled": found})
