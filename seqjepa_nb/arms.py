@@ -11,7 +11,7 @@ import dataclasses
 
 import pandas as pd
 
-from . import measure, runs
+from . import measure, runs, tables
 from .train import TITLES
 
 # %% ../nbs/17_arms.ipynb #59ac92f9
@@ -92,7 +92,7 @@ class Arms:
         self.variants = tuple(variants)
         found = [r for r in found if r.finished and r.config.get("dataset") == "mnist" and r.config["variant"] in self.variants]
         every = sorted((r for alike in by_arm(found).values() for r in _one_measure(alike)), key=lambda r: r.name)
-        self.untrained = runs.untrained(every)
+        self.untrained = tables.untrained(every)
         self.runs = [r for r in every if r.config["epochs"] or not r.overridden]
         self.plain = [r for r in self.runs if not r.overridden]
         self._chance = {}
@@ -103,11 +103,11 @@ class Arms:
 
     def common(self, mode: str, *variants: str) -> str | None:
         """The largest preset at which all of these are there, or None."""
-        return next((s for s in reversed(runs.SIZES) if all(self.seeds(mode, v, s) for v in variants)), None)
+        return next((s for s in reversed(tables.SIZES) if all(self.seeds(mode, v, s) for v in variants)), None)
 
     def largest(self, mode: str, variant: str) -> runs.Run | None:
         """A run of the variant with nothing changed, at its largest preset, or None."""
-        return max((r for r in self.plain if (r.config["mode"], r.config["variant"]) == (mode, variant)), key=lambda r: runs.SIZES.index(r.config["preset"]), default=None)
+        return max((r for r in self.plain if (r.config["mode"], r.config["variant"]) == (mode, variant)), key=lambda r: tables.SIZES.index(r.config["preset"]), default=None)
 
     def having(self, key: str, mode: str = "rotation", preset: str = "small") -> dict:
         """What runs measured of rotation, of those that have this key of it: name of the arm -> one dictionary a seed, in the order of `variants`."""
@@ -123,10 +123,10 @@ class Arms:
         return pd.DataFrame(rows, dtype=float).mean() if rows else pd.Series(dtype=float)
 
     def by_chance(self, mode: str, read=numbers) -> tuple:
-        """What seeds alone do in a mode to the numbers that `read` says of a run: the preset with most seeds, and `runs.between_seeds` there."""
+        """What seeds alone do in a mode to the numbers that `read` says of a run: the preset with most seeds, and `tables.between_seeds` there."""
         at = lambda size: [r for r in self.runs if (r.config["mode"], r.config["preset"]) == (mode, size)]
-        size = max(runs.SIZES, key=lambda s: sum(r.config["seed"] > 0 for r in at(s)))
-        return size, runs.between_seeds(at(size), read)
+        size = max(tables.SIZES, key=lambda s: sum(r.config["seed"] > 0 for r in at(s)))
+        return size, tables.between_seeds(at(size), read)
 
     def more(self, title: str, a: float, b: float, mode: str = "rotation") -> bool:
         """Whether a number is larger in `a` than in `b` by more than two seeds of one arm differ; without arms of several seeds, nothing is."""
@@ -158,7 +158,7 @@ def by_arm(found: list) -> dict:
 
 def mean(found: list) -> dict:
     """The controlled numbers of an arm, each the mean over its seeds."""
-    return runs.mean_tree([r.metrics["controlled"] for r in found])
+    return tables.mean_tree([r.metrics["controlled"] for r in found])
 
 
 def _one_measure(alike):

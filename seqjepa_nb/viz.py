@@ -639,7 +639,7 @@ def comparison_bars(table, columns) -> Figure:
     Parameters
     ----------
     table : DataFrame
-        A row a run, as from `runs.table`; at most 16.
+        A row a run, as from `tables.table`; at most 16.
     columns : list or dict
         The columns to draw; a dictionary gives their titles.
     """

@@ -1,5 +1,4 @@
 """What several test files share: the root, a run that takes seconds, and the commands that start one."""
-import os
 import subprocess
 import sys
 from pathlib import Path

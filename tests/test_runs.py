@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from seqjepa_nb import runs
+from seqjepa_nb import runs, tables
 
 CONFIG = {"mode": "rotation", "variant": "original", "preset": "quick", "dataset": "mnist", "seed": 0}
 
@@ -143,11 +143,11 @@ def test_read_runs_on_a_mixture(tmp_path):
     assert found[2].metrics == {} and found[2].figures == {} and found[2].history.empty
     assert list(found[0].figures) == ["eigs_rot"] and found[0].history["loss"].tolist() == [0.5]
 
-    table = runs.table(found)
+    table = tables.table(found)
     assert table["published.r2"].tolist()[:2] == [0.5, 0.25] and pd.isna(table["published.r2"].iloc[2])
     assert table["lie.snr"].dtype == float and table["lie.snr"].isna().tolist() == [False, True, True, True]
     assert table["run.variant"].tolist() == ["lie", "original", "original", "original"]
-    shown = runs.show(runs.table(found, {"published.r2": "R2", "controlled.class_z": "class", "never.measured": "x", "lie.restarts": "restarts"}))
+    shown = tables.show(tables.table(found, {"published.r2": "R2", "controlled.class_z": "class", "never.measured": "x", "lie.restarts": "restarts"}))
     assert shown["R2"].tolist() == ["0.500", "0.250", "not measured", "0.750"]
     assert set(shown["class"]) == set(shown["x"]) == {"not measured"} and shown["restarts"].iloc[0] == "11.3, 4.600"
 

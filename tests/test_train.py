@@ -182,13 +182,13 @@ def test_photographs_go_all_the_way(tmp_path, calm):
             f"    fit(make_config(mode, variant, 'quick', 'cifar10', device='cpu', overrides={options!r}), {str(tmp_path / 'runs')!r})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"SEQJEPA_DATA": str(tmp_path / "data")}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from seqjepa_nb import runs, viz
+    from seqjepa_nb import runs, tables, viz
     turned, crate = (next(r for r in runs.read_runs(tmp_path / "runs") if r.config["variant"] == v) for v in ("torus_phase", "crate"))
     for run, factors in ((turned, ["rotation"]), (crate, ["rotation", "x", "y", "scale"])):
         environment, found = run.metrics["environment"], run.metrics["controlled"]["factors"]
         assert (environment["data"], environment["train_images"], environment["test_images"]) == ("cifar10-folder", 128, 36)
         assert list(found) == factors and "circle" not in found["rotation"]
-        numbers = [n for v in runs.flatten(run.metrics["controlled"]).values() for n in (v if isinstance(v, list) else [v])]
+        numbers = [n for v in tables.flatten(run.metrics["controlled"]).values() for n in (v if isinstance(v, list) else [v])]
         assert all(isinstance(n, float) for n in numbers), "a controlled number is missing"
         assert {"combined_trajectories", "eigs_rot", "rank_monitor", "rotation_circle", "sweep_traj_rot"} <= set(run.figures) <= set(viz.CAPTIONS)
     assert turned.metrics["controlled"]["factors"]["rotation"]["own_action_error"] >= 0
