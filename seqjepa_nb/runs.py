@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import seqjepa_nb
 from .viz import render
 
 # %% ../nbs/07_runs.ipynb #6b69e1cf
@@ -251,9 +252,9 @@ def load_state(path) -> tuple:
 
 # %% ../nbs/07_runs.ipynb #efee7c2f
 def commit() -> str:
-    """The repository's commit, 12 digits, with "-dirty" if tracked files differ from it; where there is no git `$SEQJEPA_COMMIT`, else "unknown"."""
-    root, unknown = find_root(), os.environ.get("SEQJEPA_COMMIT", "unknown")
-    if not (root / "settings.ini").is_file():  # somebody else's repository
+    """The commit of the package's repository, wherever it is used, 12 digits, with "-dirty" if tracked files differ from it; without a repository `$SEQJEPA_COMMIT`, else "unknown"."""
+    root, unknown = Path(seqjepa_nb.__file__).resolve().parents[1], os.environ.get("SEQJEPA_COMMIT", "unknown")
+    if not (root / "settings.ini").is_file():  # installed, as into somebody else's repository
         return unknown
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+import seqjepa_nb
 from seqjepa_nb import runs, tables
 
 CONFIG = {"mode": "rotation", "variant": "original", "preset": "quick", "dataset": "mnist", "seed": 0}
@@ -277,6 +278,10 @@ def test_commit_and_root(tmp_path, monkeypatch):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "deep" / "er")
     assert runs.find_root() == tmp_path and runs.published_root() == tmp_path / "book" / "runs"
+    here = runs.commit()
+    monkeypatch.chdir(Path(__file__).parent)
+    assert here == runs.commit()  # that of the code, not of the folder where it is used
+    monkeypatch.setattr(seqjepa_nb, "__file__", str(tmp_path / "seqjepa_nb" / "__init__.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert runs.commit() == "unknown"
     git("init", "-q")
