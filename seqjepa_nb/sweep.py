@@ -9,6 +9,7 @@ __all__ = ['NOTEBOOKS', 'AXES', 'DEFAULTS', 'EXECUTORS', 'COST', 'SIZE', 'Job', 
 
 # %% ../nbs/13_sweep.ipynb #78e74d68
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -59,8 +60,9 @@ class Job:
 
     @property
     def epochs(self) -> int:
-        """How many epochs it has, restarts included."""
-        return self.config.epochs + getattr(self.config, "pair_epochs", 0) + getattr(self.config, "restarts", 0) * getattr(self.config, "restart_epochs", 0)
+        """How many epochs it has, restarts included; what learns from a few digits first learns twice."""
+        c = self.config
+        return getattr(c, "pair_epochs", 0) + (2 if c.variant == "lie_few_first" else 1) * (c.epochs + getattr(c, "restarts", 0) * getattr(c, "restart_epochs", 0))
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,14 @@ def expand(grid: dict, runs_dir: Path, here: bool = True) -> list:
         room = NOTEBOOKS[notebook]
         if p["preset"] == "auto":
             raise ValueError(f"preset is one of {', '.join(room.PRESETS)}; auto would depend on where a job lands")
-        if not here and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ValueError(f"device is auto, cpu, cuda or cuda:N, not {device!r}")
+        if device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device is auto, cpu or cuda, not {device!r}: each job sees one GPU only")
         config = room.make_config(**p | {"device": device if here else "cpu"})
-        jobs.append(Job(notebook, p, config, runs_dir / room.folder_name(config)))
+        there = {}
+        if not here and device == "cuda" and room is train:  # what this machine multiplies in says nothing of that one: there bfloat16 is usual
+            there = {"precision": "bfloat16"}
+            config = dataclasses.replace(config, precision=(p.get("overrides") or {}).get("precision", "bfloat16"))
+        jobs.append(Job(notebook, p, config, runs_dir / runs.folder_name(config, room.make_config, **there)))
     return jobs
 
 

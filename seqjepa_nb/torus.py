@@ -63,14 +63,14 @@ class LiftedHead(nn.Module):
     def __init__(self, m: int, dim: int, content_norm: float = 1.0):
         super().__init__()
         self.content_norm = content_norm
-        self.content, self.weight, self.pose = nn.Linear(m, dim - 2), nn.Linear(m, 1), 2
+        self.content, self.weight, self.pose = nn.Linear(m, dim - 2), nn.Linear(m, 1, bias=False), 2  # a bias would cancel all round
 
     def forward(self, features: Tensor) -> Tensor:
         """See the class."""
         blocks = features.float().unflatten(1, (8, -1))  # (n, 8, m)
         around = torch.arange(8, device=features.device) * (math.pi / 4)
-        pose = torch.stack([around.cos(), around.sin()], -1).T @ self.weight(blocks)  # (n, 2, 1)
-        return torch.cat([F.normalize(pose[..., 0], dim=1), self.content_norm * F.normalize(self.content(blocks.mean(1)), dim=1)], 1)
+        pose = (self.weight(blocks).float() * torch.stack([around.cos(), around.sin()], -1)).sum(1)  # (n, 8, 1) and (8, 2): (n, 2)
+        return torch.cat([F.normalize(pose, dim=1), self.content_norm * F.normalize(self.content(blocks.mean(1)).float(), dim=1)], 1)
 
 # %% ../nbs/10_torus.ipynb #5a8fa8c0
 def _turned(plane, sin, cos):

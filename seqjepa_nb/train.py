@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'GROUP', 'VARIANTS', 'TITLES', 'CHOICES', 'IDLE', 'RATES',
            'make_config', 'epoch_generator', 'draw_poses', 'make_views', 'Learner', 'rate_of', 'pose_loss', 'loss_of',
            'rate_at', 'Frozen', 'test_sequences', 'published', 'draw', 'drawn', 'pack', 'unpack', 'rewind',
            'crate_report', 'autocast', 'compiling_pays', 'Step', 'train_epoch', 'own_action', 'ahead', 'measured',
-           'estimate_minutes', 'memory_layout', 'prepare', 'folder_name', 'fit', 'fit_with']
+           'estimate_minutes', 'memory_layout', 'prepare', 'fit', 'fit_with']
 
 # %% ../nbs/08_train.ipynb #fb526fd5
 import dataclasses
@@ -140,11 +140,14 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 IDLE = (  # settings that nothing reads, and when
-    (lambda c: c.group == "none", "the group is none", ("planes", "turn_weight", "phase_weight", "stay_weight", "content_rate_weight", "content_norm", "slow", "scale_gain")),
+    (lambda c: c.group == "none", "the group is none", ("turn_weight", "phase_weight", "stay_weight", "content_rate_weight", "content_norm", "slow", "scale_gain")),
+    (lambda c: c.group != "generator", "only a learned generator has planes", ("planes",)),
+    (lambda c: c.group != "known", "only a known action has phases", ("phase_weight",)),
     (lambda c: "scale" not in MODES[c.mode], "nothing is scaled in this mode", ("scale_gain",)),
+    (lambda c: MODES[c.mode] == ("rotation",), "only rotation moves in this mode", ("slow",)),
     (lambda c: c.rate == "none", "the rate is none", ("rate_weight", "rate_on")),
     (lambda c: c.target == "stop", "there is no teacher", ("decay",)),
-    (lambda c: c.objective == "labels", "labels are learned", ("rate", "rate_weight", "rate_on", "predict_weight")),
+    (lambda c: c.objective == "labels", "labels are learned", ("rate", "rate_weight", "rate_on", "predict_weight", "turn_weight", "phase_weight", "stay_weight", "content_rate_weight")),
 )
 
 
@@ -170,6 +173,8 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
             raise ValueError(f"overrides of {', '.join(vain)} would change nothing: {because} (variant {variant!r})")
     if config.batch > config.n_train:
         raise ValueError(f"batch {config.batch} is larger than n_train {config.n_train}")
+    if config.encoder == "pixels" and (config.epochs or config.group != "none"):
+        raise ValueError(f"encoder 'pixels' is fitted and not trained: it needs epochs 0 and group 'none', not {config.epochs} and {config.group!r} (variant {variant!r})")
     if config.group in ("generator", "inferred") and config.views < 4:
         raise ValueError(f"group {config.group!r} (variant {variant!r}) needs views of at least 4, not {config.views}: it looks at several turns of a sequence")
     if config.encoder == "vit" and 8 * config.width % (heads := max(1, config.width // 8)):
@@ -592,12 +597,6 @@ def prepare(config: Config, images=None) -> tuple:
     return images, limits, learner, probes, {"optimiser": optimiser, "probe_optimiser": probes.optimiser}
 
 
-def folder_name(config: Config) -> str:
-    """`<mode>-<variant>-<preset>-<dataset>-s<seed>`, and what was overridden."""
-    usual = make_config(config.mode, config.variant, config.preset, config.dataset, config.seed, config.device).to_dict()
-    return runs.run_name(config.to_dict(), usual)
-
-
 def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None, images=None):
     """Train one run, measure it, and write its folder.
 
@@ -621,7 +620,7 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None, images=N
     ValueError
         If the folder holds a run of another configuration or of other images, or the images given are not those of the configuration.
     """
-    wandb_mode, folder = runs.wandb_mode(wandb_mode), Path(runs_dir) / folder_name(config)
+    wandb_mode, folder = runs.wandb_mode(wandb_mode), Path(runs_dir) / runs.folder_name(config, make_config)
     if images is not None:
         _own_images(config, images)
     processes.join(torch.device(config.device).type)
@@ -721,6 +720,8 @@ def _fit(config, folder, wandb_mode, images):
     if history:
         runs.write_history(folder, history)
     learner.model.save_pretrained(folder)
+    if config.group == "generator":
+        runs.save_state(folder / "generator.safetensors", learner.generator.state_dict(), {"planes": config.planes})
     laps("saving")
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,

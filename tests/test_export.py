@@ -39,7 +39,7 @@ def test_package_is_its_notebooks_byte_for_byte(tmp_path):
     assert not differ, f"differ from their notebooks (run nbdev_export): {differ}"
 
 
-def test_an_edited_module_is_noticed(tmp_path):
+def test_an_export_undoes_an_edit_of_a_module(tmp_path):
     copy_sources(tmp_path)
     module = tmp_path / "seqjepa_nb" / "affine.py"
     subprocess.run([BIN / "nbdev_export"], cwd=tmp_path, check=True)

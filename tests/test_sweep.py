@@ -130,3 +130,5 @@ def test_slurm_gets_each_job(tmp_path, calm, monkeypatch):
     text = (tmp_path / "batch.sh").read_text()
     assert "--partition=gpu" in text and "--time=7" in text and "--cpus-per-task=3" in text, text
     assert list(states.values())[0].startswith("failed")  # nothing has trained
+    (tools / "sbatch").write_text(f"#!/bin/sh\nmkdir -p {found.jobs[0].folder}; echo {{}} > {found.jobs[0].folder}/metrics.json; echo Submitted batch job 7\n")
+    assert [*run_sweep(found, poll=0.1).values()] == ["finished"]  # a job that leaves its numbers

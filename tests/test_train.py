@@ -31,6 +31,18 @@ def unbroken(tmp_path_factory):
     return numbers(folder)
 
 
+def test_a_learned_generator_is_kept(tmp_path, calm):
+    """What the run says of its generator is what the file in its folder holds."""
+    from seqjepa_nb import runs, train
+    from seqjepa_nb.torus import Generator
+    run = train.fit(train.make_config("rotation", "generator", "quick", device="cpu", overrides=TINY | {"width": 8, "epochs": 1}), tmp_path)
+    tensors, meta = runs.load_state(run.folder / "generator.safetensors")
+    kept = Generator(2 * meta["planes"])
+    kept.load_state_dict(tensors)
+    found = kept.spectrum(train.torch.ones(1, 2 * meta["planes"]))
+    assert found["frequencies"].tolist() == pytest.approx(run.metrics["controlled"]["generator"]["frequencies"], abs=1e-6)
+
+
 def kill_after_epoch(folder, epochs, delay):
     """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written; the seconds that its state counts by then."""
     from seqjepa_nb.runs import load_state
