@@ -31,6 +31,24 @@ def unbroken(tmp_path_factory):
     return numbers(folder)
 
 
+def test_only_one_downloads(tmp_path, monkeypatch):
+    """Runs that begin together on a bare machine wait for one download, and do not read what is half written."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from seqjepa_nb import images
+    at_work, most = [], []
+    def slow(root, download=False):
+        at_work.append(download)
+        most.append(len(at_work))
+        time.sleep(0.1)
+        at_work.pop()
+        return "the digits"
+    monkeypatch.setattr(images, "_mnist_files", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(images._mnist, [tmp_path / "data"] * 4))
+    assert found == [("the digits", "mnist")] * 4 and most == [1] * 4
+
+
 def test_a_learned_generator_is_kept(tmp_path, calm):
     """What the run says of its generator is what the file in its folder holds."""
     from seqjepa_nb import runs, train
