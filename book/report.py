@@ -32,8 +32,8 @@ def build_site():
     log = []
     for line in process.stdout:
         log.append(line)
-        if done := re.search(r"([^/]+)\.ipynb: Executed notebook in ([\d.]+) seconds", line):
-            print(f"{done[1]:<18} {float(done[2]):5.0f} s", flush=True)
+        if done := re.search(r"([^/]+)\.ipynb: Executed notebook in ([\d.]+) seconds, (\d+) of (\d+)", line):
+            print(f"{done[1]:<18} {float(done[2]):5.0f} s   {done[3]} of {done[4]}" + (", then the pages are written" if done[3] == done[4] else ""), flush=True)
     if process.wait():
         print("".join(log))
     return process.returncode

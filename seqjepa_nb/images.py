@@ -366,7 +366,7 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
     short = {what: (n, len(x)) for what, n, x in (("train", n_train, a), ("test", n_test, b)) if n is not None and n > len(x)}
     if short:
         raise ValueError("; ".join(f"{n} {what} images asked for, {there} there" for what, (n, there) in short.items())
-                         + f". Choose a smaller preset or override {', '.join(f'n_{what}: {there}' for what, (_, there) in short.items())}.")
+                         + f". Choose a smaller preset or override {', '.join(f'n_{what}: {there}' for what, (_, there) in short.items())}; a run needs 64 to train on and 32 to test at least.")
     a, la = _draw(a, la, n_train, 42)
     b, lb = _draw(b, lb, n_test, 43)
     if not len(b):

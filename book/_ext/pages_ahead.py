@@ -35,11 +35,11 @@ def execute(app, env, docnames):
     cache = get_cache(app.config.nb_execution_cache_path)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = {pool.submit(single_nb_execution, notebook, str(path.parent), app.config.nb_execution_timeout, False): (path, notebook) for path, notebook in waiting(app, docnames, cache)}
-        for job in as_completed(jobs):
+        for k, job in enumerate(as_completed(jobs), 1):
             (path, notebook), result = jobs[job], job.result()
             if result.err is None:
                 cache.cache_notebook_bundle(CacheBundleIn(notebook, str(path), data={"execution_seconds": result.time}), check_validity=False, overwrite=True)
-                log.info(f"{path}: Executed notebook in {result.time:.2f} seconds")
+                log.info(f"{path}: Executed notebook in {result.time:.2f} seconds, {k} of {len(jobs)}")
 
 
 def setup(app):
