@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -265,7 +265,7 @@ class SeqJEPA(nn.Module):
         """Write `model.safetensors` and `model.json` into a local folder."""
         folder = Path(folder)
         with replacing(folder / "model.safetensors") as part:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part)
+            part.write_bytes(save({k: v.contiguous() for k, v in self.state_dict().items()}))
         write_json(folder / "model.json", self.config)
 
     @classmethod

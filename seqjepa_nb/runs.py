@@ -34,7 +34,7 @@ import sklearn
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -227,10 +227,7 @@ def write_history(folder, rows: list):
 def save_state(path, tensors: dict, meta: dict):
     """Write tensors by name and a JSON dictionary into one safetensors file, whole or not at all (then an OSError)."""
     with replacing(path) as part:
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"meta": json.dumps(plain(meta))})
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written ({error}); what it held before is still there") from error
+        part.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"meta": json.dumps(plain(meta))}))  # `save_file` has a file of its own besides, which a kill would leave
 
 
 def load_state(path) -> tuple:
