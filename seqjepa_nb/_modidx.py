@@ -278,6 +278,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.runs.published_root': ('runs.html#published_root', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.read_run': ('runs.html#read_run', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.read_runs': ('runs.html#read_runs', 'seqjepa_nb/runs.py'),
+                                 'seqjepa_nb.runs.refuse_idle': ('runs.html#refuse_idle', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.refuse_unknown': ('runs.html#refuse_unknown', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.replacing': ('runs.html#replacing', 'seqjepa_nb/runs.py'),
                                  'seqjepa_nb.runs.request': ('runs.html#request', 'seqjepa_nb/runs.py'),

@@ -88,9 +88,7 @@ def make_config(mode: str = "rotation", variant: str = "lie", preset: str = "aut
     asked = runs.request(Config, choices, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
     values = runs.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked, {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1, "few": 0})
     config = Config(**values)
-    for off, because, names in IDLE:
-        if off(config) and (vain := sorted({*names} & {*(overrides or {})})):
-            raise ValueError(f"overrides of {', '.join(vain)} would change nothing: {because} (variant {variant!r})")
+    runs.refuse_idle(config, overrides, IDLE)
     if config.few > config.n_train:
         raise ValueError(f"few {config.few} is larger than n_train {config.n_train}")
     return config

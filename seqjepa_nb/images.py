@@ -312,7 +312,8 @@ def _cifar10(root):
     top, tree = root / "cifar-10-batches-bin", root / "CIFAR10"
     if not top.exists() and tree.is_dir():
         return *_folder(tree), "cifar10-folder"
-    if not (top / "test_batch.bin").exists():
+    names = [top / f"data_batch_{i}.bin" for i in range(1, 6)] + [top / "test_batch.bin"]
+    if not all(f.exists() and f.stat().st_size == 10_000 * 3073 for f in names):
         with _alone(root):
             if not top.exists():
                 try:
@@ -320,7 +321,6 @@ def _cifar10(root):
                 except (RuntimeError, OSError) as error:
                     raise ValueError(f"CIFAR-10 is not in {root} and can't be downloaded ({error}). Put the official cifar-10-batches-bin there, "
                                      f"or images as {tree}/train/<class>/* and {tree}/test/<class>/*.") from error
-    names = [top / f"data_batch_{i}.bin" for i in range(1, 6)] + [top / "test_batch.bin"]
     for f in names:
         if not f.exists():
             raise ValueError(f"{f} is missing. Remove {top} to have CIFAR-10 downloaded again.")

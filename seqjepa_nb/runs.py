@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'WANDB_MODES', 'find_root', 'published_root', 'run_name', 'folder_name', 'resolve_device', 'check_choices',
-           'request', 'settle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json', 'write_figure',
-           'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'Laps', 'environment',
-           'Run', 'read_run', 'finished_run', 'only_one', 'read_runs', 'wandb_mode', 'start_wandb', 'log_history',
-           'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
+           'request', 'settle', 'refuse_idle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json',
+           'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'Laps',
+           'environment', 'Run', 'read_run', 'finished_run', 'only_one', 'read_runs', 'wandb_mode', 'start_wandb',
+           'log_history', 'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -137,6 +137,13 @@ def settle(kind, values: dict, least: dict, most: dict = {}) -> dict:
     return found
 
 # %% ../nbs/07_runs.ipynb #356770af
+def refuse_idle(config, overrides: dict | None, idle):
+    """ValueError if an override would change nothing: `idle` lists (a function that says of a `Config` whether nothing reads these, why, their names)."""
+    for off, because, names in idle:
+        if off(config) and (vain := sorted({*names} & {*(overrides or {})})):
+            raise ValueError(f"overrides of {', '.join(vain)} would change nothing: {because} (variant {config.variant!r})")
+
+
 def refuse_unknown(given, valid):
     """Stop if a notebook was given parameters that it does not have.
 

@@ -168,9 +168,7 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
         values["precision"] = "bfloat16" if fast_bfloat16(place) else "float32"
     runs.check_choices(values, CHOICES)
     config = Config(**values)
-    for off, because, names in IDLE:
-        if off(config) and (vain := sorted({*names} & {*(overrides or {})})):
-            raise ValueError(f"overrides of {', '.join(vain)} would change nothing: {because} (variant {variant!r})")
+    runs.refuse_idle(config, overrides, IDLE)
     if config.batch > config.n_train:
         raise ValueError(f"batch {config.batch} is larger than n_train {config.n_train}")
     if config.encoder == "pixels" and (config.epochs or config.group != "none"):
