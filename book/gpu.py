@@ -15,6 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqjepa_nb import runs, sweep, train
+from seqjepa_nb.config import make_config
+from seqjepa_nb.learner import draw_poses, epoch_generator
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"matrix rate": 10, "compile": 100, "steps": 40, "waits": 10, "recording": 40, "layout": 30, "search": 20, "precision": 60, "profile": 20}
@@ -31,8 +33,8 @@ class Bench:
 
     def config(self, preset, mode="multi", **overrides):
         """A configuration with as many digits as the timed steps need."""
-        size = TINY if self.tiny else {"n_train": self.steps * train.make_config(preset=preset, device="cpu").batch, "n_test": 64}
-        return train.make_config(mode, preset=preset, device=self.device, overrides=size | {"epochs": 4} | overrides)
+        size = TINY if self.tiny else {"n_train": self.steps * make_config(preset=preset, device="cpu").batch, "n_test": 64}
+        return make_config(mode, preset=preset, device=self.device, overrides=size | {"epochs": 4} | overrides)
 
     def wait(self):
         """Until the device has done what it was told."""
@@ -57,7 +59,7 @@ class Bench:
 
     def as_run(self, step, preset):
         """Let a step of few digits do as a whole run of the preset does."""
-        step.compiles = step.records and not self.tiny and train.compiling_pays(train.make_config(preset=preset, device=self.device))
+        step.compiles = step.records and not self.tiny and train.compiling_pays(make_config(preset=preset, device=self.device))
 
     def product(self, dtype):
         """Operations a second of one large product of matrices."""
@@ -86,7 +88,7 @@ class Bench:
             rate, _, step = self.views_per_s(config, lambda step: self.as_run(step, preset))
             peak = runs.peak_mb(self.device)
             pick = torch.arange(config.batch, device=self.device)
-            p = train.draw_poses(config, config.batch, step.limits, train.epoch_generator(config, 0))
+            p = draw_poses(config, config.batch, step.limits, epoch_generator(config, 0))
             with FlopCounterMode(display=False) as counter:
                 step.once(pick, p)
             operations = counter.get_total_flops() / (config.batch * config.views)
@@ -120,8 +122,8 @@ class Bench:
                 step = train.Step(config, *train.prepare(config))
                 step.learner.train()
                 step.records = step.records and on
-                g = train.epoch_generator(config, 0)
-                p = train.draw_poses(config, min(8 * config.batch, config.n_train), step.limits, g)
+                g = epoch_generator(config, 0)
+                p = draw_poses(config, min(8 * config.batch, config.n_train), step.limits, g)
                 losses.append(torch.stack([step(i, p[i])[0] for i in torch.arange(len(p), device=self.device).split(config.batch)]))
             found[preset] = rates | {"losses differ by": float((losses[0] - losses[1]).abs().max() / losses[0][0].abs())}
         return found
@@ -145,7 +147,7 @@ class Bench:
         """The loss of each epoch of a short run: float32 with two seeds, bfloat16 with one of them."""
         found = {}
         for name, precision, seed in (("float32", "float32", 0), ("float32, another seed", "float32", 1), ("bfloat16", "bfloat16", 0)):
-            config = train.make_config("multi", preset=self.presets[0], device=self.device, seed=seed, overrides=(TINY if self.tiny else {"n_test": 64}) | {"precision": precision, "epochs": 4})
+            config = make_config("multi", preset=self.presets[0], device=self.device, seed=seed, overrides=(TINY if self.tiny else {"n_test": 64}) | {"precision": precision, "epochs": 4})
             step = train.Step(config, *train.prepare(config))
             found[name] = [train.train_epoch(config, step, e)["loss"] for e in range(config.epochs)]
         return found

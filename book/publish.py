@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from seqjepa_nb import measure, runs, viz
-from seqjepa_nb.train import TITLES
+from seqjepa_nb.config import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT, FIGURE = 1_000_000, 150_000

@@ -12,7 +12,7 @@ import dataclasses
 import pandas as pd
 
 from . import measure, runs, tables
-from .train import TITLES
+from .config import TITLES
 
 # %% ../nbs/17_arms.ipynb #59ac92f9
 TURN = "R² turn, two views"

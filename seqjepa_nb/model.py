@@ -198,10 +198,12 @@ class SeqJEPA(nn.Module):
         Numbers in an action, and what they are embedded in.
     aggregator, predictor : str
         One of `AGGREGATORS` and one of `PREDICTORS`.
+    dropout : float
+        Of the transformer that aggregates, while it trains.
     """
 
     def __init__(self, width: int = 64, target: str = "ema", decay: float = 0.996, encoder: str = "resnet", factors=(),
-                 planes: int = 1, content_norm: float = 1.0, slow: float = 0.0, action_dim: int = 5, action_embed: int = 64, aggregator: str = "transformer", predictor: str = "mlp"):
+                 planes: int = 1, content_norm: float = 1.0, slow: float = 0.0, action_dim: int = 5, action_embed: int = 64, aggregator: str = "transformer", predictor: str = "mlp", dropout: float = 0.1):
         super().__init__()
         if target not in ("ema", "stop"):
             raise ValueError(f"target is 'ema' or 'stop', not {target!r}")
@@ -223,7 +225,7 @@ class SeqJEPA(nn.Module):
             self.encoder = nn.Sequential(ENCODERS[encoder](width), GroupHead(self.dim, factors, planes, content_norm, slow))
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False) if target == "ema" else None
         self.action = nn.Sequential(nn.Linear(action_dim, action_embed, bias=False), nn.BatchNorm1d(action_embed, affine=False))
-        self.aggregator = Aggregator(self.agg_dim, kind=aggregator)
+        self.aggregator = Aggregator(self.agg_dim, dropout=dropout, kind=aggregator)
         self.predictor = Predictor(self.agg_dim + action_embed, self.dim) if predictor == "mlp" else CRATEPredictor(self.agg_dim, action_embed, self.dim)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from . import baseline, runs, train
+from .config import PRESETS
 
 # %% ../nbs/13_sweep.ipynb #0bd21b6f
 NOTEBOOKS = {"20_train": train, "21_lie_baseline": baseline}
@@ -88,7 +89,7 @@ def expand(grid: dict, runs_dir: Path, here: bool = True) -> list:
     """All jobs of one grid, checked; `here` says whether they will run on this machine, so that their device must be there."""
     _refuse("runs", grid, AXES)
     if "preset" not in grid:
-        raise ValueError(f"runs: name the preset: {', '.join(train.PRESETS)}")
+        raise ValueError(f"runs: name the preset: {', '.join(PRESETS)}")
     lists = {k: v if isinstance(v, list) else [v] for k, v in grid.items()}
     if empty := [k for k, v in lists.items() if not v]:
         raise ValueError(f"runs: {', '.join(empty)} without a value")

@@ -76,7 +76,7 @@ def show(table: pd.DataFrame) -> pd.DataFrame:
 def mean_sd(values, form: str = "{:z.2f}") -> str:
     """The mean over seeds as text, with ± the standard deviation where there are several; "not measured" where there is none."""
     known = pd.Series(values, dtype=float).dropna()
-    spread = f" ± {form.format(known.std())}" if len(known) > 1 else ""
+    spread = f"\u00a0±\u00a0{form.format(known.std())}" if len(known) > 1 else ""
     return form.format(known.mean()) + spread if len(known) else "not measured"
 
 

@@ -47,13 +47,14 @@ def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
 def test_a_step_neither_asks_the_device_nor_sends_it_numbers(monkeypatch):
     """Each of these calls in the loop would make the host wait for a GPU: an epoch of eight steps has as many as one of four."""
     from seqjepa_nb import train
+    from seqjepa_nb.config import make_config
     calls = []
     for owner, name in ((torch.Tensor, "item"), (torch.Tensor, "tolist"), (torch.Tensor, "cpu"), (torch.Tensor, "numpy"), (torch.Tensor, "new_tensor"), (torch, "tensor"), (torch, "as_tensor")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, real=real, name=name, **k: (calls.append(name), real(*a, **k))[1])
     counts = {}
     for n in (64, 128):
-        c = train.make_config("multi", "torus_phase", "quick", device="cpu", overrides=TINY | {"n_train": n})
+        c = make_config("multi", "torus_phase", "quick", device="cpu", overrides=TINY | {"n_train": n})
         step = train.Step(c, *train.prepare(c))
         calls.clear()
         train.train_epoch(c, step, 0)
@@ -86,6 +87,7 @@ class Crossings(TorchDispatchMode):
 def test_every_variant_can_be_recorded(monkeypatch):
     """Up to its loss, on tensors that only pretend to be on a GPU (a backward pass wants a real one); numbers asked of the device raise there."""
     from seqjepa_nb import train
+    from seqjepa_nb.config import VARIANTS, make_config
     from seqjepa_nb.images import load_images
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
     digits = load_images("mnist", 64, 64)
@@ -95,8 +97,8 @@ def test_every_variant_can_be_recorded(monkeypatch):
         assert crossings.seen == {"aten._to_copy.default"}
         with pytest.raises(Exception, match="local_scalar"):
             x.sum().item()
-    for mode, variant in [("rotation", v) for v in train.VARIANTS] + [("multi", v) for v in ("original", "torus_phase", "torus_circles", "supervised")]:
-        config = train.make_config(mode, variant, "quick", device="cpu", overrides={"n_train": 64, "n_test": 64, "batch": 16, "precision": "float32"})
+    for mode, variant in [("rotation", v) for v in VARIANTS] + [("multi", v) for v in ("original", "torus_phase", "torus_circles", "supervised")]:
+        config = make_config(mode, variant, "quick", device="cpu", overrides={"n_train": 64, "n_test": 64, "batch": 16, "precision": "float32"})
         _, limits, learner, probes, _ = train.prepare(config, digits)
         with FakeTensorMode(allow_non_fake_inputs=True):
             learner, probes = learner.to("cuda"), probes.to("cuda")
@@ -112,9 +114,10 @@ def test_every_variant_can_be_recorded(monkeypatch):
 @pytest.mark.parametrize("variant", ["original", "torus_phase", "lifted_torus_phase", "vit"])
 def test_a_recorded_step_is_the_same_step(variant):
     from seqjepa_nb import train
+    from seqjepa_nb.config import make_config
     losses = []
     for on in (False, True):
-        config = train.make_config("rotation", variant, "quick", device="cuda", overrides=TINY | {"n_train": 256, "precision": "float32"})
+        config = make_config("rotation", variant, "quick", device="cuda", overrides=TINY | {"n_train": 256, "precision": "float32"})
         step = train.Step(config, *train.prepare(config))
         step.records = on
         losses.append([train.train_epoch(config, step, e)["loss"] for e in range(2)])

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY, fit_command, papermill
 from PIL import Image
 
@@ -52,12 +53,13 @@ def test_only_one_downloads(tmp_path, monkeypatch):
 def test_a_learned_generator_is_kept(tmp_path, calm):
     """What the run says of its generator is what the file in its folder holds."""
     from seqjepa_nb import runs, train
+    from seqjepa_nb.config import make_config
     from seqjepa_nb.torus import Generator
-    run = train.fit(train.make_config("rotation", "generator", "quick", device="cpu", overrides=TINY | {"width": 8, "epochs": 1}), tmp_path)
+    run = train.fit(make_config("rotation", "generator", "quick", device="cpu", overrides=TINY | {"width": 8, "epochs": 1}), tmp_path)
     tensors, meta = runs.load_state(run.folder / "generator.safetensors")
     kept = Generator(2 * meta["planes"])
     kept.load_state_dict(tensors)
-    found = kept.spectrum(train.torch.ones(1, 2 * meta["planes"]))
+    found = kept.spectrum(torch.ones(1, 2 * meta["planes"]))
     assert found["frequencies"].tolist() == pytest.approx(run.metrics["controlled"]["generator"]["frequencies"], abs=1e-6)
 
 
@@ -179,10 +181,11 @@ def test_help_explains_every_parameter():
     found = inspect_notebook(str(ROOT / "nbs" / "20_train.ipynb"))
     assert set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "wandb_mode", "overrides"}
     assert all(p["help"] for p in found.values())
-    from seqjepa_nb import train
+    from seqjepa_nb.affine import MODES
+    from seqjepa_nb.config import VARIANTS, Config
     listed = lambda name: found[name]["help"].split(": ")[-1]
-    assert listed("variant").split(" | ") == list(train.VARIANTS) and listed("mode").split(" | ") == list(train.MODES)
-    assert set(listed("overrides").split(", ")) == {f.name for f in dataclasses.fields(train.Config)} - set(found)
+    assert listed("variant").split(" | ") == list(VARIANTS) and listed("mode").split(" | ") == list(MODES)
+    assert set(listed("overrides").split(", ")) == {f.name for f in dataclasses.fields(Config)} - set(found)
 
 
 def test_without_a_network_the_digits_come_from_the_wheel(tmp_path, calm):
