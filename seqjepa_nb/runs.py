@@ -379,8 +379,9 @@ class Run:
 
     @property
     def network(self) -> tuple:
-        """Mode, preset, encoder and group, which decide the network and its layout."""
-        return self.config["mode"], self.config["preset"], self.config.get("encoder", "resnet"), self.config.get("group") or "none"
+        """Mode, preset and width, encoder, group and what lays its latent out: what decides the numbers of an untrained one."""
+        usual = {"encoder": "resnet", "group": "none", "planes": 1, "content_norm": 1.0, "slow": 0.0, "scale_gain": 1.0}
+        return self.config["mode"], self.config["preset"], self.config.get("width"), *(self.config.get(k, v) for k, v in usual.items())
 
 
 def _read(path, read, default):
