@@ -142,7 +142,52 @@ def test_the_log_holds_history_and_figures(tmp_path, calm, monkeypatch):
     assert given[-1] == (len(run.history), {f"viz/{name}" for name in run.figures}) and {"controlled", "lie"} == set(summary)
 
 
+def test_an_error_while_measuring_closes_the_log_as_failed(tmp_path, calm, monkeypatch):
+    """And what was trained stays for the next try."""
+    from seqjepa_nb import baseline, runs
+    ends = []
+    class Log:
+        log = staticmethod(lambda row, step: None)
+        finish = staticmethod(lambda exit_code=0: ends.append(exit_code))
+        summary = {}
+    def broken(*given):
+        raise RuntimeError("no room")
+    monkeypatch.setattr(runs, "start_wandb", lambda config, folder, mode=None, run_id=None: Log)
+    monkeypatch.setattr(baseline, "yardstick", broken)
+    with pytest.raises(RuntimeError, match="no room"):
+        fit_here(tmp_path)
+    assert ends == [1] and list(tmp_path.glob("*/state.safetensors")) and not list(tmp_path.glob("*/metrics.json"))
+
+
+def test_what_another_process_finished_meanwhile_is_not_trained_again(tmp_path, calm, monkeypatch):
+    """It may have come to its end between the first look and the lock."""
+    from seqjepa_nb import runs
+    answers = iter([None, "theirs"])
+    monkeypatch.setattr(runs, "finished_run", lambda folder, config, tell: next(answers))
+    assert fit_here(tmp_path) == "theirs" and not list(tmp_path.glob("*/config.json"))
+
+
 def test_help_explains_every_parameter():
     from papermill.inspection import inspect_notebook
     found = inspect_notebook(str(ROOT / "nbs" / "21_lie_baseline.ipynb"))
     assert set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "wandb_mode", "overrides"} and all(p["help"] for p in found.values())
+
+
+def test_posteriors_are_held_a_few_images_at_a_time(monkeypatch):
+    """However fine the grid, no array of posteriors has more points than the budget, and the numbers are the same."""
+    import torch
+    from seqjepa_nb import lie
+    g = torch.Generator().manual_seed(0)
+    model = lie.LieSparseCoder(templates=2, torus=2, planes=6, grid=8, device="cpu", dtype="float64").known(torch.linalg.qr(torch.randn(16, 12, generator=g))[0], torch.nn.functional.normalize(torch.randn(16, 2, generator=g), dim=0))
+    images, sizes, whole = torch.rand(40, 16, generator=g), [], lie.Torus.log_density
+    before = model.transform(images), model.posterior(images), torch.tensor(list(model.evaluate(images).values()))
+    monkeypatch.setattr(lie.Torus, "log_density", lambda self, c: sizes.append(len(c) * self.grid**self.n) or whole(self, c))
+    for budget, most in ((2_000, 1_984), (20, 256)):  # the second holds not even one image: then one at a time
+        monkeypatch.setattr(lie, "BUDGET", budget)
+        after = model.transform(images), model.posterior(images), torch.tensor(list(model.evaluate(images).values()))
+        torch.testing.assert_close(after, before)
+        assert max(sizes) == most
+        sizes.clear()
+    monkeypatch.undo()
+    cube = lie.LieSparseCoder(torus=3, planes=5, templates=2, device="cpu").known(torch.linalg.qr(torch.randn(16, 10, generator=g))[0], torch.rand(16, 2))
+    assert [len(rows) for rows in cube._chunks(torch.rand(300, 16))] == [134, 134, 32] and {len(rows) for rows in cube._chunks(torch.rand(64, 16), 100**3)} == {16}
