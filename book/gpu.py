@@ -6,6 +6,7 @@ The budget is in seconds, for measurements and runs together. Without a GPU, `--
 import argparse
 import json
 import math
+import signal
 import sys
 import time
 import warnings
@@ -106,10 +107,12 @@ class Bench:
         step.records = False  # so that each operation is asked for
         self.epoch(config, step, 0)
         torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            train.train_epoch(config, step, 1)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                train.train_epoch(config, step, 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         return {"steps": config.n_train // config.batch, "waits": sum("synchroniz" in str(w.message) for w in caught)}
 
     def recording(self):
@@ -136,11 +139,13 @@ class Bench:
     def search(self):
         """Views a second with cuDNN's own choice of how to convolve, and with the best it finds."""
         found = {preset: {} for preset in self.presets}
-        for preset in self.presets:
-            for name, on in (("chosen", False), ("searched", True)):
-                torch.backends.cudnn.benchmark = on
-                found[preset][name] = self.views_per_s(self.config(preset))[0]
-        torch.backends.cudnn.benchmark = False
+        try:
+            for preset in self.presets:
+                for name, on in (("chosen", False), ("searched", True)):
+                    torch.backends.cudnn.benchmark = on
+                    found[preset][name] = self.views_per_s(self.config(preset))[0]
+        finally:
+            torch.backends.cudnn.benchmark = False
         return found
 
     def precision(self):
@@ -188,6 +193,7 @@ def main(arguments=None):
     parser.add_argument("--runs-dir", dest="runs_dir", default="runs", help="where the runs go")
     parser.add_argument("--sweep", default=str(ROOT / "sweeps" / "gpu.yml"), help="what is trained")
     given, begun = parser.parse_args(arguments), time.time()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends it as Ctrl-C does
     left = lambda: given.budget - (time.time() - begun)
     bench = Bench(given.device, given.tiny)
     measures = {"matrix rate": bench.matrix_rate, "compile": bench.compile, "steps": bench.steps_, "waits": bench.waits, "recording": bench.recording, "layout": bench.layout, "search": bench.search, "precision": bench.precision, "profile": bench.profile}

@@ -63,11 +63,23 @@ def list_chapter(name, page):
         runs.write_text(file, head + ahead + "".join(sorted({*known, entry})) + tail)
 
 
+def bring_back(target, aside):
+    """The published run that was moved aside, back in its place if nothing has taken that."""
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+
+
 def publish(path):
     """Publish one executed notebook's run."""
     name, notebook = executed(path)
     source, target = path.parent / name, ROOT / "book" / "runs" / name
-    if not runs.read_run(source).finished:
+    aside = target.with_name(f".{name}.old")
+    bring_back(target, aside)  # a publishing that was killed has left it there
+    try:
+        finished = runs.read_run(source).finished
+    except ValueError as error:
+        sys.exit(f"{error}. An executed notebook is published from beside its run's folder.")
+    if not finished:
         sys.exit(f"{source} is not finished")
     made = target.with_name(f".{name}.part")  # takes the place of what is published only once it is whole
     shutil.rmtree(made, ignore_errors=True)
@@ -84,8 +96,14 @@ def publish(path):
     if sum(sizes.values()) > LIMIT or any(s > FIGURE for f, s in sizes.items() if f.suffix == ".png"):
         shutil.rmtree(made)
         sys.exit(f"{name} is too large: {sum(sizes.values()) / 1e6:.2f} MB (a run may take 1 MB, a figure 150 kB)")
-    shutil.rmtree(target, ignore_errors=True)
-    made.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        if target.exists():
+            target.rename(aside)
+        made.rename(target)
+    finally:
+        bring_back(target, aside)
+    shutil.rmtree(aside, ignore_errors=True)
     list_chapter(name, page)
     print(f"{target.relative_to(ROOT)}: {sum(sizes.values()) / 1000:.0f} kB")
 

@@ -129,8 +129,9 @@ IDLE = (  # settings that nothing reads, and when
     (lambda c: MODES[c.mode] == ("rotation",), "only rotation moves in this mode", ("slow",)),
     (lambda c: c.rate == "none", "the rate is none", ("rate_weight", "rate_on")),
     (lambda c: c.target == "stop", "there is no teacher", ("decay",)),
+    (lambda c: not c.epochs, "nothing is trained", ("lr", "schedule", "warmup", "decay")),
     (lambda c: c.aggregator != "transformer", "only a transformer has dropout", ("dropout",)),
-    (lambda c: c.objective == "labels", "labels are learned", ("rate", "rate_weight", "rate_on", "predict_weight", "turn_weight", "phase_weight", "stay_weight", "content_rate_weight")),
+    (lambda c: c.objective == "labels", "labels are learned", ("target", "decay", "predictor", "rate", "rate_weight", "rate_on", "predict_weight", "turn_weight", "phase_weight", "stay_weight", "content_rate_weight")),
 )
 
 
@@ -145,7 +146,8 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
     """
     asked = runs.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
     least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0, "scale_gain": 0.01, "lr": 0, "decay": 0, "dropout": 0}
-    values = runs.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least, {"decay": 1, "dropout": 0.9})
+    most = {"seed": 2**40, "decay": 1, "dropout": 0.9}  # a generator's seed has 64 bits, and an epoch's is a run's times some 10**5
+    values = runs.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least, most)
     place = resolve_device(asked["device"])
     if values["precision"] == "auto":
         values["precision"] = "bfloat16" if fast_bfloat16(place) else "float32"
@@ -156,6 +158,8 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
         raise ValueError(f"batch {config.batch} is larger than n_train {config.n_train}")
     if config.encoder == "pixels" and (config.epochs or config.group != "none"):
         raise ValueError(f"encoder 'pixels' is fitted and not trained: it needs epochs 0 and group 'none', not {config.epochs} and {config.group!r} (variant {variant!r})")
+    if config.encoder == "pixels" and 8 * config.width > 3 * 28 * 28:
+        raise ValueError(f"width {config.width}: encoder 'pixels' has {3 * 28 * 28} components at most, so width is at most {3 * 28 * 28 // 8}")
     if config.group in ("generator", "inferred") and config.views < 4:
         raise ValueError(f"group {config.group!r} (variant {variant!r}) needs views of at least 4, not {config.views}: it looks at several turns of a sequence")
     if config.encoder == "vit" and 8 * config.width % (heads := max(1, config.width // 8)):

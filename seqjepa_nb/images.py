@@ -265,7 +265,7 @@ def _read_tree(top: Path, classes, mode):
 
 
 def _class_folders(top: Path):
-    folders = [d for d in sorted(top.iterdir()) if d.is_dir() and any(f.is_file() for f in d.iterdir())]
+    folders = [d for d in sorted(top.iterdir()) if d.is_dir() and not d.name.startswith(".") and any(f.is_file() for f in d.iterdir())]
     if unread := [d.name for d in folders if not _images(d)]:
         raise ValueError(f"{top} holds folders of files none of which is called an image: {', '.join(unread)}. Images end in {', '.join(sorted(SUFFIXES))}.")
     if len(folders) < 2:

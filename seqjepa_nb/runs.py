@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'WANDB_MODES', 'find_root', 'published_root', 'run_name', 'f
            'request', 'settle', 'refuse_idle', 'refuse_unknown', 'replacing', 'write_text', 'plain', 'write_json',
            'write_figure', 'write_history', 'save_state', 'load_state', 'commit', 'device_name', 'peak_mb', 'Laps',
            'environment', 'Run', 'read_run', 'finished_run', 'only_one', 'read_runs', 'wandb_mode', 'start_wandb',
-           'log_history', 'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
+           'closing', 'log_history', 'log_figures', 'Logbook', 'Terminal', 'terminal', 'say', 'progress']
 
 # %% ../nbs/07_runs.ipynb #d0d6e440
 import dataclasses
@@ -410,14 +410,35 @@ def read_run(folder) -> Run:
                {p.stem: p for p in sorted((folder / "figures").glob("[!.]*.png"))})
 
 
-def finished_run(folder, config: dict, tell=print) -> Run | None:
-    """The run in `folder` if it has come to its end, else None: there is work to do. ValueError if the folder holds a run of another configuration."""
+def finished_run(folder, config: dict, tell=print, usual: dict = {}, apart=()) -> Run | None:
+    """The run in `folder` if it has come to its end, else None: there is work to do.
+
+    Parameters
+    ----------
+    folder : path
+        The run's folder, there or not.
+    config : dict
+        The configuration that was asked for.
+    tell : function
+        What says that the run is finished.
+    usual : dict
+        Values of settings that the folder's configuration may lack, since it is older than they are.
+    apart : iterable of str
+        Settings that are not compared.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run of another configuration.
+    """
     folder = Path(folder)
     if not (folder / "config.json").exists():
         return None
     run = read_run(folder)
-    if run.config != config:
-        other = ", ".join(f"{k} {run.config.get(k)!r} instead of {v!r}" for k, v in config.items() if run.config.get(k) != v)
+    there, absent = usual | run.config, object()
+    word = lambda values, name: repr(values[name]) if name in values else "nothing"
+    if other := [k for k in config | there if k not in apart and there.get(k, absent) != config.get(k, absent)]:
+        other = ", ".join(f"{k} {word(there, k)} instead of {word(config, k)}" for k in other)
         raise ValueError(f"{folder} holds a run of another configuration ({other}); remove it or choose another runs_dir")
     if run.finished:
         tell(f"{folder.name} is finished already; remove {folder} to train it again.")
@@ -438,8 +459,8 @@ def only_one(folder, name: str | None = None, who: str = "process"):
 
 
 def read_runs(*roots) -> list:
-    """Read all runs in the given folders (or that are one of them), by name; what is no run is passed over, a folder that is not there holds none."""
-    found = [p for root in map(Path, roots) for p in ([root] if (root / "config.json").is_file() else sorted(root.glob("*/")))]
+    """Read all runs in the given folders (or that are one of them), by name; what is no run is passed over, and what is hidden: it may be half made. A folder that is not there holds none."""
+    found = [p for root in map(Path, roots) for p in ([root] if (root / "config.json").is_file() else sorted(root.glob("[!.]*/")))]
     return [read_run(p) for p in found if (p / "config.json").is_file()]
 
 # %% ../nbs/07_runs.ipynb #a7d303de
@@ -447,8 +468,8 @@ WANDB_MODES = ("offline", "online", "disabled")
 
 
 def wandb_mode(mode: str | None = None) -> str:
-    """The W&B mode that was asked for, else `$WANDB_MODE`, else offline; ValueError if it is unknown."""
-    mode = mode or os.environ.get("WANDB_MODE") or "offline"
+    """The W&B mode that was asked for, else (also of 'auto') `$WANDB_MODE`, else offline; ValueError if it is unknown."""
+    mode = (mode if mode != "auto" else None) or os.environ.get("WANDB_MODE") or "offline"
     if mode not in WANDB_MODES:
         raise ValueError(f"the W&B mode is one of {', '.join(WANDB_MODES)}, not {mode!r} (it comes from wandb_mode or $WANDB_MODE)")
     return mode
@@ -471,7 +492,7 @@ def start_wandb(config: dict, folder, mode: str | None = None, run_id: str | Non
     Returns
     -------
     wandb.Run
-        Its `id` is what a later call needs to go on; `finish` closes it.
+        Its `id` is what a later call needs to go on; `closing` or its own `finish` closes it.
 
     Raises
     ------
@@ -484,6 +505,18 @@ def start_wandb(config: dict, folder, mode: str | None = None, run_id: str | Non
     folder.mkdir(parents=True, exist_ok=True)
     return wandb.init(project="seqjepa_nb", name=folder.name, dir=str(folder), config=plain(config), mode=mode, id=run_id,
                       resume="allow" if run_id and mode == "online" else None, settings=wandb.Settings(silent=True, console="off"))
+
+
+@contextmanager
+def closing(log):
+    """Close a W&B log at the end of a block, with exit code 1 if that is an error; None is no log."""
+    code = 1
+    try:
+        yield log
+        code = 0
+    finally:
+        if log is not None:
+            log.finish(exit_code=code)
 
 
 def log_history(run, row: dict, step: int):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'AXES', 'DEFAULTS', 'EXECUTORS', 'COST', 'SIZE', 'Job', 'Sweep', 'expand', 'read_sweep', 'stands',
-           'known_runs', 'estimate', 'left', 'write_minutes', 'plan', 'total', 'start', 'end', 'last_error', 'why',
-           'running_text', 'Table', 'run_sweep', 'main']
+           'known_runs', 'work', 'estimate', 'left', 'write_minutes', 'plan', 'total', 'start', 'end', 'last_error',
+           'why', 'running_text', 'fitting', 'Table', 'run_sweep', 'main']
 
 # %% ../nbs/13_sweep.ipynb #78e74d68
 import argparse
@@ -15,10 +15,12 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,30 +31,43 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from . import baseline, runs, train
+from . import baseline, config, runs
 from .config import PRESETS
 
 # %% ../nbs/13_sweep.ipynb #0bd21b6f
-NOTEBOOKS = {"20_train": train, "21_lie_baseline": baseline}
+NOTEBOOKS = {"20_train": config, "21_lie_baseline": baseline}
 AXES = ("notebook", "mode", "variant", "preset", "dataset", "seed", "device", "overrides")
 DEFAULTS = {"runs_dir": "runs", "executor": "local", "jobs": 1, "threads": 1, "minutes": 1440, "slurm": {}}
 EXECUTORS = ("local", "slurm")
 
 
+def _misread(value):
+    """Whether papermill's -p would make something else of a text."""
+    if not isinstance(value, str):
+        return False
+    with suppress(ValueError):
+        float(value)
+        return True
+    return value in ("True", "False", "None")
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run of a notebook: its parameters, what they make together (`config`), and the folder that it leaves."""
+    """One run of a notebook: its parameters, what they make together (`config`), the folder that it leaves, and whether it runs on this machine (`here`), so that `config` knows its device and precision."""
     notebook: str
     parameters: dict
     config: object
     folder: Path
+    here: bool = True
 
     def command(self, threads: int = 1) -> list:
         """What starts it, from the repository's root; the executed notebook lies beside the run's folder."""
         plain = {k: v for k, v in self.parameters.items() if k != "overrides"} | {"runs_dir": str(self.folder.parent)}
+        if "dataset" in plain:
+            plain["dataset"] = self.config.dataset
         more = ["-y", yaml.safe_dump({"overrides": self.parameters["overrides"]}, default_flow_style=True, width=math.inf).strip()] if self.parameters.get("overrides") else []
         return ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "papermill", f"nbs/{self.notebook}.ipynb", f"{self.folder}.ipynb", "--no-progress-bar",
-                "--log-level", "WARNING", *(w for k, v in plain.items() for w in ("-p", k, str(v))), *more]
+                "--log-level", "WARNING", *(w for k, v in plain.items() for w in ("-r" if _misread(v) else "-p", k, str(v))), *more]
 
     @property
     def place(self) -> str:
@@ -104,12 +119,14 @@ def expand(grid: dict, runs_dir: Path, here: bool = True) -> list:
             raise ValueError(f"preset is one of {', '.join(room.PRESETS)}; auto would depend on where a job lands")
         if device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device is auto, cpu or cuda, not {device!r}: each job sees one GPU only")
-        config = room.make_config(**p | {"device": device if here else "cpu"})
+        asked = room.make_config(**p | {"device": device if here else "cpu"})
+        if here and asked.dataset not in ("mnist", "cifar10") and not Path(asked.dataset).is_dir():
+            raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class; {asked.dataset!r} is no folder")
         there = {}
-        if not here and device == "cuda" and room is train:  # what this machine multiplies in says nothing of that one: there bfloat16 is usual
+        if not here and device == "cuda" and room is config:  # what this machine multiplies in says nothing of that one: there bfloat16 is usual
             there = {"precision": "bfloat16"}
-            config = dataclasses.replace(config, precision=(p.get("overrides") or {}).get("precision", "bfloat16"))
-        jobs.append(Job(notebook, p, config, runs_dir / runs.folder_name(config, room.make_config, **there)))
+            asked = dataclasses.replace(asked, precision=(p.get("overrides") or {}).get("precision", "bfloat16"))
+        jobs.append(Job(notebook, p, asked, runs_dir / runs.folder_name(asked, room.make_config, **there), here))
     return jobs
 
 
@@ -155,8 +172,8 @@ def read_sweep(path, **changed) -> Sweep:
 
 # %% ../nbs/13_sweep.ipynb #cff00d19
 def stands(job: Job) -> tuple:
-    """('finished' | 'broken' | 'new', whole epochs kept, seconds that they took)."""
-    if (job.folder / "metrics.json").exists():
+    """('finished' | 'broken' | 'new', whole epochs kept, seconds that they took); ValueError if the folder holds a run of another configuration, or a damaged one."""
+    if runs.finished_run(job.folder, job.config.to_dict(), lambda text: None, type(job.config)().to_dict(), () if job.here else ("device", "precision")):
         return "finished", job.epochs, 0.0
     with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(job.folder / "state.safetensors", "pt") as file:
@@ -168,16 +185,27 @@ def stands(job: Job) -> tuple:
 COST = {"20_train": {"quick": (2, "cpu"), "small": (9, "cpu"), "base": (1, "cuda"), "full": (2, "cuda")},
         "21_lie_baseline": {"quick": (2, "cpu"), "small": (4, "cpu"), "base": (12, "cpu")}}
 """Minutes that the presets are said to cost, and where; those of the GPU are an H100's, rounded."""
-SIZE = ("n_train", "n_test", "epochs", "batch", "width", "encoder", "planes", "poses", "restarts")
+SIZE = {"20_train": ("n_train", "n_test", "epochs", "batch", "width", "encoder", "planes"), "21_lie_baseline": ("torus", "grid", "batch")}
+"""What finished runs have to have in common with a job."""
 
 
 def known_runs(*folders) -> list:
-    """The finished runs in these folders; damaged ones are passed over."""
+    """The finished runs in these folders; damaged and hidden ones are passed over."""
     found = []
-    for folder in (p.parent for root in folders for p in sorted(Path(root).glob("*/metrics.json"))):
+    for folder in (p.parent for root in folders for p in sorted(Path(root).glob("[!.]*/metrics.json"))):
         with suppress(ValueError):
             found.append(runs.read_run(folder))
     return [r for r in found if r.finished]
+
+
+def work(config: dict) -> int:
+    """What a run's time is in proportion to: its images times its epochs; of the baseline, restarts included, times its planes and templates too."""
+    c = config
+    if "n_exemplar" not in c:
+        return c["epochs"] * c["n_train"]
+    full, learn = c["n_train"] * (1 if c["mode"] == "untransformed" else c["poses"]), c["epochs"] + c["restarts"] * c["restart_epochs"]
+    first = full if c["variant"] == "lie" else c["n_exemplar"]
+    return (first * (c["pair_epochs"] + learn) + (full * learn if c["variant"] == "lie_few_first" else 0)) * (c["planes"] + c["templates"])
 
 
 def estimate(job: Job, known: list) -> tuple:
@@ -190,18 +218,20 @@ def estimate(job: Job, known: list) -> tuple:
     known : list of Run
         Finished runs; see `known_runs`.
     """
-    size = {k: getattr(job.config, k, None) for k in SIZE}
-    alike = [r for r in known if all(r.config.get(k) == v for k, v in size.items()) and str(r.config.get("device", "")).startswith(job.place) and ("sigma" in r.config) == hasattr(job.config, "sigma")]
+    mine, size = job.config.to_dict(), SIZE[job.notebook]
+    alike = [r for r in known if all(r.config.get(k) == mine[k] for k in size) and str(r.config.get("device", "")).startswith(job.place) and ("n_exemplar" in r.config) == ("n_exemplar" in mine)]
     for closer in (lambda r: r.metrics["environment"]["device"] == runs.device_name(job.config.device),
-                   lambda r: (r.config["mode"], r.config["variant"]) == (job.config.mode, job.config.variant)):
+                   lambda r: (r.config["mode"], r.config["variant"]) == (job.config.mode, job.config.variant),
+                   lambda r: work(r.config) == work(mine)):
         alike = [r for r in alike if closer(r)] or alike
     if alike:
-        return statistics.median(r.metrics["environment"]["wall_s"] for r in alike) / 60, f"{len(alike)} finished run{'s' * (len(alike) > 1)}"
+        scale = lambda r: work(mine) / work(r.config) if work(r.config) else 1
+        return statistics.median(r.metrics["environment"]["wall_s"] * scale(r) for r in alike) / 60, f"{len(alike)} finished run{'s' * (len(alike) > 1)}"
     stated, where = COST[job.notebook][job.config.preset]
     if where != job.place:
         return None, "not known"
     usual = NOTEBOOKS[job.notebook].make_config(job.config.mode, job.config.variant, job.config.preset, device=job.config.device)
-    return stated * (job.config.epochs * job.config.n_train) / max(1, usual.epochs * usual.n_train), "the preset"
+    return stated * work(mine) / max(1, work(usual.to_dict())), "the preset"
 
 
 def left(job: Job, minutes) -> float | None:
@@ -246,7 +276,7 @@ def start(sweep: Sweep, job: Job, slot: int = 0):
         executor.update_parameters(name=job.folder.name, timeout_min=sweep.minutes, cpus_per_task=sweep.threads, gpus_per_node=gpus, **{f"slurm_{k}": v for k, v in sweep.slurm.items()})
     else:
         executor = submitit.LocalExecutor(logs)
-        executor.update_parameters(timeout_min=sweep.minutes, gpus_per_node=gpus, **({"visible_gpus": [slot % torch.cuda.device_count()]} if gpus else {}))
+        executor.update_parameters(timeout_min=sweep.minutes, signal_delay_s=1, gpus_per_node=gpus, **({"visible_gpus": [slot % torch.cuda.device_count()]} if gpus else {}))
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the terminal's interrupt reaches the sweep only
     try:
         handle = executor.submit(submitit.helpers.CommandFunction(job.command(sweep.threads), cwd=runs.find_root()))
@@ -282,10 +312,12 @@ def last_error(text: str) -> str:
     return (named or lines or ["it ended without a word"])[-1].removeprefix("submitit.core.utils.FailedJobError: ")
 
 
-def why(handle) -> str:
-    """Why a job has failed."""
+def why(handle, minutes) -> str:
+    """Why a job that could take so many minutes has failed."""
     with suppress(OSError):
-        return last_error(handle.paths.stderr.read_text(errors="replace"))
+        text = handle.paths.stderr.read_text(errors="replace")
+        stopped = re.search("this job is timed-out|DUE TO TIME LIMIT", text)  # as submitit and as Slurm say it
+        return f"stopped after {minutes:g} min, its whole epochs are kept" if stopped else last_error(text)
     return "its output is not to be had"
 
 # %% ../nbs/13_sweep.ipynb #b5b10e82
@@ -298,8 +330,19 @@ def running_text(job: Job, started: float, begun: int, minutes) -> str:
     return f"running, epoch {epochs + 1} of {job.epochs}" + (f", {write_minutes(rest)} left" if rest else "")
 
 
+def fitting(states: dict, lines: int) -> list:
+    """(name, state) of as many as there are lines for: what runs and what failed first, and in the last line how many there are besides."""
+    if len(states) <= lines:
+        return list(states.items())
+    kind = lambda name: states[name].split(",")[0]
+    order = ("running", "failed", "cancelled", "waiting", "finished")
+    names = sorted(states, key=lambda name: order.index(kind(name)))
+    rest = Counter(kind(name) for name in names[lines - 1:])
+    return [(name, states[name]) for name in names[:lines - 1]] + [("…", ", ".join(f"{n} {k}" for k, n in rest.items()))]
+
+
 class Table:
-    """Shows a state a job: drawn anew on a terminal, elsewhere a line for each change of the state's first word."""
+    """Shows a state a job: drawn anew on a terminal, where there is room for as many as it has lines, elsewhere a line for each change of the state's first word."""
 
     def __init__(self, stream=None):
         self.stream, self.said, self.lines = stream or sys.stdout, {}, 0
@@ -308,8 +351,9 @@ class Table:
         """Show name -> state."""
         wide = max(map(len, states))
         if self.stream.isatty():
-            text = [f"{name:<{wide}}  {state}"[:119] for name, state in states.items()]
-            self.stream.write(f"\x1b[{self.lines}A" * (self.lines > 0) + "".join(f"\x1b[2K{line}\n" for line in text))
+            size = shutil.get_terminal_size()
+            text = [f"{name:<{wide}}  {state}"[:size.columns - 1] for name, state in fitting(states, max(2, size.lines - 2))]
+            self.stream.write(f"\x1b[{self.lines}A" * (self.lines > 0) + "".join(f"\x1b[2K{line}\n" for line in text) + "\x1b[J")
             self.lines = len(text)
         else:
             kind = {name: state.split(",")[0] for name, state in states.items()}
@@ -357,7 +401,7 @@ def run_sweep(sweep: Sweep, known: list = (), budget: float = math.inf, poll: fl
             while (waiting or handles) and time.time() - begun < budget:
                 for slot, (job, handle, since, kept) in list(handles.items()):
                     if handle.done():
-                        states[job.folder.name] = "finished" if stands(job)[0] == "finished" else f"failed, {why(handle)}"
+                        states[job.folder.name] = "finished" if stands(job)[0] == "finished" else f"failed, {why(handle, sweep.minutes)}"
                         del handles[slot]
                     else:
                         states[job.folder.name] = running_text(job, since, kept, minutes[job.folder.name])

@@ -238,12 +238,18 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None, images=N
         _own_images(config, images)
     processes.join(torch.device(config.device).type)
     lead = processes.first()
-    if (there := runs.finished_run(folder, config.to_dict(), lambda text: lead and runs.say(text))) is not None:
-        if images is not None and there.metrics["environment"].get("images") != images.mark():
-            raise ValueError(f"{folder} holds a finished run of other images. Give them another name by dataset, or remove it.")
+    if (there := _finished(config, folder, images)) is not None:
         return there
     with runs.only_one(folder.parent, folder.name) if lead else nullcontext():
-        return _fit(config, folder, wandb_mode, images)
+        processes.wait()  # from here on nobody else writes into the folder; another process may have finished it meanwhile
+        return _finished(config, folder, images) or _fit(config, folder, wandb_mode, images)
+
+
+def _finished(config, folder, images):
+    there = runs.finished_run(folder, config.to_dict(), lambda text: processes.first() and runs.say(text), Config().to_dict())
+    if there is not None and images is not None and there.metrics["environment"].get("images") != images.mark():
+        raise ValueError(f"{folder} holds a finished run of other images. Give them another name by dataset, or remove it.")
+    return there
 
 
 def _own_images(config, images):
@@ -282,70 +288,67 @@ def _fit(config, folder, wandb_mode, images):
         say(f"training will take {f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, then the measurements")
 
     frozen = Frozen(learner.model, images, config.device)
-    log = runs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None
-    book = runs.Logbook(log)
-    steps = len(images.train) // config.batch
-    bar = runs.progress(left * steps * lead, f"{config.mode} {config.variant}")
-    kept, kept_at, cost = len(history), time.perf_counter(), 0.0
-    laps("start")
-    try:
-        for epoch in range(len(history), config.epochs):
-            row = {"epoch": epoch + 1} | train_epoch(config, step, epoch, bar.update)
-            laps("training")
-            if not lead:
-                history.append(row)
-                continue
+    with runs.closing(runs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None) as log:
+        book = runs.Logbook(log)
+        steps = len(images.train) // config.batch
+        bar = runs.progress(left * steps * lead, f"{config.mode} {config.variant}")
+        kept, kept_at, cost = len(history), time.perf_counter(), 0.0
+        laps("start")
+        try:
+            for epoch in range(len(history), config.epochs):
+                row = {"epoch": epoch + 1} | train_epoch(config, step, epoch, bar.update)
+                laps("training")
+                if not lead:
+                    history.append(row)
+                    continue
+                numbers, arrays = published(config, frozen, probes, images, limits)
+                history.append(row | numbers)
+                laps("evaluation")
+                due = (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs
+                book(history[-1], epoch + 1, drawn(draw(frozen, images, config, limits, arrays), spare) if due else {})
+                laps("figures")
+                if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
+                    runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark})
+                    kept, kept_at = epoch + 1, time.perf_counter()
+                    cost = kept_at - clock
+                runs.write_history(folder, history)
+                laps("saving")
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        except KeyboardInterrupt:
+            say(f"\ninterrupted: {kept} of {config.epochs} epochs are kept in {folder}. The same command goes on from there.")
+            raise
+        finally:
+            bar.close()
+        if not lead:
+            processes.wait()
+            return runs.read_run(folder)
+
+        say("measuring" + ("" if config.epochs else " (no training)"))
+        if not left:
             numbers, arrays = published(config, frozen, probes, images, limits)
-            history.append(row | numbers)
-            laps("evaluation")
-            due = (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs
-            book(history[-1], epoch + 1, drawn(draw(frozen, images, config, limits, arrays), spare) if due else {})
-            laps("figures")
-            if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
-                runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark})
-                kept, kept_at = epoch + 1, time.perf_counter()
-                cost = kept_at - clock
+        found, blocks, figures = measured(config, learner, frozen, images, limits, arrays)
+        laps("measuring")
+        pictures = {name: picture.result() for name, picture in drawn(figures, spare).items()}
+        for name, picture in pictures.items():
+            runs.write_figure(folder / "figures" / f"{name}.png", picture)
+        book.flush()
+        runs.log_figures(log, pictures, max(1, config.epochs))
+        laps("figures")
+        if history:
             runs.write_history(folder, history)
-            laps("saving")
-            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-    except KeyboardInterrupt:
-        say(f"\ninterrupted: {kept} of {config.epochs} epochs are kept in {folder}. The same command goes on from there.")
-        raise
-    finally:
-        bar.close()
-        if lead and len(history) < config.epochs:
-            log.finish(exit_code=1)
-    if not lead:
+        learner.model.save_pretrained(folder)
+        if config.group == "generator":
+            runs.save_state(folder / "generator.safetensors", learner.generator.state_dict(), {"planes": config.planes})
+        laps("saving")
+        run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
+        environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
+                                       config.epochs * steps * config.batch * config.views, code) | {"images": mark, "image_shape": list(images.train.shape[1:])}
+        last = {"loss": history[-1]["loss"]} if history else {}
+        runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
+        log.summary.update({"published": numbers, "controlled": found})
+        state_file.unlink(missing_ok=True)
         processes.wait()
         return runs.read_run(folder)
-
-    say("measuring" + ("" if config.epochs else " (no training)"))
-    if not left:
-        numbers, arrays = published(config, frozen, probes, images, limits)
-    found, blocks, figures = measured(config, learner, frozen, images, limits, arrays)
-    laps("measuring")
-    pictures = {name: picture.result() for name, picture in drawn(figures, spare).items()}
-    for name, picture in pictures.items():
-        runs.write_figure(folder / "figures" / f"{name}.png", picture)
-    book.flush()
-    runs.log_figures(log, pictures, max(1, config.epochs))
-    laps("figures")
-    if history:
-        runs.write_history(folder, history)
-    learner.model.save_pretrained(folder)
-    if config.group == "generator":
-        runs.save_state(folder / "generator.safetensors", learner.generator.state_dict(), {"planes": config.planes})
-    laps("saving")
-    run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
-    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
-                                   config.epochs * steps * config.batch * config.views, code) | {"images": mark, "image_shape": list(images.train.shape[1:])}
-    last = {"loss": history[-1]["loss"]} if history else {}
-    runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
-    log.summary.update({"published": numbers, "controlled": found})
-    log.finish()
-    state_file.unlink(missing_ok=True)
-    processes.wait()
-    return runs.read_run(folder)
 
 
 PARAMETERS = ("mode", "variant", "preset", "dataset", "seed", "device", "overrides", "runs_dir", "wandb_mode")

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -89,7 +90,8 @@ def test_publishing_lists_a_run_once(publishing, tmp_path):
     assert json.loads((tmp_path / "book/runs" / run / "metrics.json").read_text()) == json.loads((BOOK / "runs" / run / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("how, error", [("unfinished", SystemExit), ("too large", SystemExit), ("broken off", ZeroDivisionError)])
+@pytest.mark.parametrize("how, error", [("unfinished", SystemExit), ("too large", SystemExit), ("without its folder", SystemExit), ("broken off", ZeroDivisionError),
+                                        ("broken off between the renames", ZeroDivisionError), ("killed between the renames", SystemExit)])
 def test_publishing_keeps_what_is_there_until_the_new_is_whole(publishing, tmp_path, monkeypatch, how, error):
     publish, notebook, run = publishing
     publish.publish(notebook)
@@ -98,11 +100,35 @@ def test_publishing_keeps_what_is_there_until_the_new_is_whole(publishing, tmp_p
         (tmp_path / "runs" / run / "metrics.json").write_text("{}")
     elif how == "too large":
         monkeypatch.setattr(publish, "LIMIT", 1000)
-    else:
+    elif how == "without its folder":
+        shutil.rmtree(tmp_path / "runs" / run)
+    elif how == "broken off":
         monkeypatch.setattr(publish.runs, "write_text", lambda path, text: 1 / 0)
-    with pytest.raises(error):
+    elif how == "broken off between the renames":
+        rename = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda path, to: 1 / 0 if path.name.endswith(".part") else rename(path, to))
+    else:  # what is left then; the next publishing brings it back, whatever becomes of that
+        (tmp_path / "book/runs" / run).rename(tmp_path / "book/runs" / f".{run}.old")
+        (tmp_path / "runs" / run / "metrics.json").write_text("{}")
+    with pytest.raises(error) as said:
         publish.publish(notebook)
+    assert how != "without its folder" or "is not a run's folder" in str(said.value)
     assert {p: p.read_bytes() for p in there} == there
+
+
+def test_the_cache_of_outputs_knows_every_file_that_a_page_reads(tmp_path, monkeypatch):
+    """A page is run again when one of them changes, and not when a file beside them does."""
+    monkeypatch.syspath_prepend(str(BOOK / "_ext"))
+    fingerprint = importlib.import_module("fresh_and_offline").fingerprint
+    read = ["seqjepa_nb/runs.py", "README.md", "book/original.json", "book/runs/gpu/speed.json", *(f"{place}/a/{name}" for place in ("runs", "book/runs") for name in ("config.json", "metrics.json", "history.csv", "figures/eigs_rot.png"))]
+    beside = ["book/runs/a/20_train.ipynb", "runs/.jobs/a.json", "runs/a/state.safetensors"]
+    for name in (*read, *beside):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    for name in (*read, *beside):
+        before = fingerprint(tmp_path)
+        (tmp_path / name).write_text("new")
+        assert (fingerprint(tmp_path) != before) == (name in read), name
 
 
 def test_the_readme_examples_run(tmp_path):

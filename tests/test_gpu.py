@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.util
 import json
+import signal
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ def gpu(calm, monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu", ROOT / "book" / "gpu.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    usual = signal.getsignal(signal.SIGTERM)
+    yield module
+    signal.signal(signal.SIGTERM, usual)
 
 
 def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
@@ -26,6 +29,7 @@ def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
     grid.write_text(yaml.safe_dump({"runs": {"mode": "rotation", "preset": "quick", "device": "cpu", "overrides": TINY | {"epochs": 1}}}))
     command = ["--device", "cpu", "--tiny", "--out", str(tmp_path / "out"), "--runs-dir", str(tmp_path / "runs"), "--sweep", str(grid)]
     assert gpu.main([*command, "--budget", "0"]) == 0  # no time at all: a plan, and a clean end
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     said = capsys.readouterr().out
     assert "9 of 9 measurements to make" in said and "Left: matrix rate, compile" in said and "0 of 1 runs finished" in said, said
     assert gpu.main(command) == 0
@@ -42,6 +46,21 @@ def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
     assert "0 of 9 measurements to make, about 0 min: none" in capsys.readouterr().out
     (tmp_path / "out" / "speed.json").write_text(json.dumps(found | {"card": "another"}))
     assert gpu.main(command) == 1 and "another device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["search", "waits"])
+def test_a_measurement_that_fails_leaves_nothing_switched_on(gpu, monkeypatch, name):
+    """What is measured after it would otherwise be measured with another setting."""
+    bench, modes = gpu.Bench("cpu", True), []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(gpu.train, "train_epoch", lambda *a: 1 / 0 if modes or torch.backends.cudnn.benchmark else {"loss": 0.0})
+    monkeypatch.setattr(bench, "config", lambda preset, config=bench.config("quick"): config)
+    monkeypatch.setattr(bench, "wait", lambda: None)
+    bench.device = "cuda"  # in name only
+    with pytest.raises(ZeroDivisionError):
+        getattr(bench, name)()
+    assert not torch.backends.cudnn.benchmark and modes in ([], ["warn", "default"])
 
 
 def test_a_step_neither_asks_the_device_nor_sends_it_numbers(monkeypatch):

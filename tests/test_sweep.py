@@ -100,8 +100,22 @@ def test_interrupted_it_leaves_no_process_and_goes_on(tmp_path, sweep):
     assert kept(tmp_path) >= before
 
 
+def test_a_job_is_stopped_after_its_minutes(tmp_path, calm):
+    """Not before, nothing of it is left, and it is said so."""
+    from seqjepa_nb.sweep import Job, Sweep, read_sweep, run_sweep
+
+    class Long(Job):
+        def command(self, threads=1):
+            return [sys.executable, "-c", "import time; time.sleep(60)", str(self.folder)]
+    (job,) = read_sweep(write(tmp_path, TINY)).jobs
+    begun = time.time()
+    states = run_sweep(Sweep([Long(job.notebook, job.parameters, job.config, job.folder)], tmp_path / "runs", minutes=0.1), poll=0.1)
+    assert [*states.values()] == ["failed, stopped after 0.1 min, its whole epochs are kept"]
+    assert 4.5 < time.time() - begun < 30 and not at_work(tmp_path)
+
+
 @pytest.mark.parametrize("text, words", [("runs: {mode: shear, preset: quick}", "rotation, translation, scale, multi"), ("runs: {preset: quick, epochs: 3}", "unknown epochs. Valid: notebook, mode"),
-                                         ("runs: {preset: quick, overrides: 5}", "overrides: names and values expected"), ("runs: {preset: quick, seed: []}", "seed without a value"),
+                                         ("runs: {preset: quick, overrides: 5}", "overrides: names and values expected"), ("runs: {preset: quick, seed: []}", "seed without a value"), ("runs: {preset: quick, dataset: minst}", "'minst' is no folder"),
                                          ("runs: {preset: quick, notebook: {a: 1}}", "notebook is one of 20_train")])
 def test_refused_before_any_work(tmp_path, sweep, text, words):
     (tmp_path / "s.yml").write_text(text)
@@ -116,6 +130,7 @@ def test_dry_run_of_the_reproduction(tmp_path, sweep):
 
 def test_slurm_gets_each_job(tmp_path, calm, monkeypatch):
     """A stand-in for the cluster's commands that runs what it is given: the job is submitted with its limits, its end is seen."""
+    from seqjepa_nb.runs import write_json
     from seqjepa_nb.sweep import read_sweep, run_sweep
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -130,5 +145,7 @@ def test_slurm_gets_each_job(tmp_path, calm, monkeypatch):
     text = (tmp_path / "batch.sh").read_text()
     assert "--partition=gpu" in text and "--time=7" in text and "--cpus-per-task=3" in text, text
     assert list(states.values())[0].startswith("failed")  # nothing has trained
-    (tools / "sbatch").write_text(f"#!/bin/sh\nmkdir -p {found.jobs[0].folder}; echo {{}} > {found.jobs[0].folder}/metrics.json; echo Submitted batch job 7\n")
-    assert [*run_sweep(found, poll=0.1).values()] == ["finished"]  # a job that leaves its numbers
+    (tools / "sbatch").write_text(f"#!/bin/sh\ncp -r {tmp_path}/done {found.jobs[0].folder}; echo Submitted batch job 7\n")
+    write_json(tmp_path / "done" / "config.json", found.jobs[0].config.to_dict() | {"device": "cuda", "precision": "bfloat16"})
+    write_json(tmp_path / "done" / "metrics.json", {"run": 1})
+    assert [*run_sweep(found, poll=0.1).values()] == ["finished"]  # a job that leaves its numbers, of a machine that this one does not know

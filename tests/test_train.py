@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -135,6 +136,43 @@ def test_a_finished_run_is_not_trained_again(tmp_path, calm):
     stamp = file.stat().st_mtime_ns
     done = subprocess.run(fit_command(tmp_path), cwd=ROOT, check=True, capture_output=True, text=True)
     assert "finished already" in done.stdout and file.stat().st_mtime_ns == stamp
+
+
+def test_what_another_process_has_finished_meanwhile_is_not_trained_again(tmp_path, calm, monkeypatch):
+    """Two commands at once: the second waits for nothing, but gets the lock only when the first is done."""
+    from seqjepa_nb import runs, train
+    config, only_one = train.make_config("rotation", "random", "quick", device="cpu", overrides={"width": 2}), runs.only_one
+
+    @contextmanager
+    def late(root, name):
+        runs.write_json(root / name / "config.json", config.to_dict())
+        runs.write_json(root / name / "metrics.json", {"run": 1})
+        with only_one(root, name):
+            yield
+    monkeypatch.setattr(runs, "only_one", late)
+    monkeypatch.setattr(train, "_fit", None)
+    assert train.fit(config, tmp_path).metrics == {"run": 1}
+
+
+@pytest.mark.parametrize("name", ["train_epoch", "measured"])
+def test_an_error_closes_the_log(tmp_path, calm, monkeypatch, name):
+    """Weights & Biases is told that the run has failed, wherever it did; nothing is said twice, and the run that goes on is one that ended well."""
+    from seqjepa_nb import runs, train
+    config = train.make_config("rotation", "original", "quick", device="cpu", overrides=TINY | {"n_train": 64, "epochs": 1})
+    start, codes = runs.start_wandb, []
+
+    def watched(*arguments):
+        log = start(*arguments)
+        finish = log.finish
+        log.finish = lambda exit_code: codes.append(exit_code) or finish(exit_code=exit_code)
+        return log
+    monkeypatch.setattr(runs, "start_wandb", watched)
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(train, name, lambda *a: 1 / 0)
+        train.fit(config, tmp_path)
+    assert codes == [1]
+    train.fit(config, tmp_path)
+    assert codes == [1, 0]
 
 
 TINY_YAML = json.dumps({"overrides": TINY | {"epochs": 2}})

@@ -9,14 +9,14 @@ import shutil
 from importlib.metadata import distribution
 from pathlib import Path
 
-RUN_FILES = ("config.json", "metrics.json", "history.csv")
+RUN_FILES = ("[!.]*/*.json", "[!.]*/history.csv", "[!.]*/figures/*.png")
 
 
 def fingerprint(root):
     """Hash of everything a notebook's output depends on besides its own source."""
-    files = [*root.glob("seqjepa_nb/*.py"), *root.glob("book/*.json")]
+    files = [*root.glob("seqjepa_nb/*.py"), *root.glob("book/*.json"), *root.glob("README.md")]
     for runs in (root / "runs", root / "book" / "runs"):
-        files += [p for name in RUN_FILES for p in runs.glob(f"*/{name}")]
+        files += [p for name in RUN_FILES for p in runs.glob(name)]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
