@@ -91,7 +91,7 @@ def make_config(mode: str = "rotation", variant: str = "lie", preset: str = "aut
     """Put a run's `Config` together: the preset's values, the mode's torus and the overrides; ValueError, with the valid ones, for an unknown name or value, and for an override that would change nothing."""
     choices = {"mode": tuple(SETTINGS), "variant": VARIANTS, "preset": ("auto", *PRESETS)}
     asked = runs.request(Config, choices, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    values = runs.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked, {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1, "few": 0})
+    values = runs.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked, {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1, "few": 0}, {"seed": 2**40})
     config = Config(**values)
     runs.refuse_idle(config, overrides, IDLE)
     _coder(config)._check(PIXELS.get(config.dataset))
@@ -289,7 +289,7 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
         If the likelihood overflows.
     """
     wandb_mode, folder = runs.wandb_mode(wandb_mode), Path(runs_dir) / runs.folder_name(config, make_config)
-    finished = lambda: runs.finished_run(folder, config.to_dict(), runs.say)
+    finished = lambda: runs.finished_run(folder, config.to_dict(), runs.say, Config().to_dict())
     if (there := finished()) is not None:
         return there
     with runs.only_one(folder.parent, folder.name):

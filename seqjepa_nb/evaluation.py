@@ -159,7 +159,7 @@ def ahead(config: Config, learner: Learner, frozen: Frozen, images, limits) -> d
 
 
 DROPOUT = {"dropout": True, "no dropout": False}
-"""The two ways to ask an aggregator: as it was trained, and as it is evaluated."""
+"""The two ways to ask an aggregator, as it was trained and as it is evaluated."""
 
 
 @torch.no_grad()

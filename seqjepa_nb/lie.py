@@ -206,7 +206,7 @@ def fit_columns(u: Tensor, back: Tensor, gram: Tensor) -> Tensor:
 
 
 BUDGET = 2**24
-"""How many points of posteriors are held at once where images are only looked at: 64 MiB of float32 an array."""
+"""How many points of posteriors are held at once where images are only looked at, 64 MiB of float32 an array."""
 
 _FIXED = ("templates", "torus", "planes", "multiplicity", "reach")  # what was learned depends on these
 

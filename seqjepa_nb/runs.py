@@ -379,7 +379,7 @@ class Run:
 
     @property
     def network(self) -> tuple:
-        """Mode, preset and width, encoder, group and what lays its latent out: what decides the numbers of an untrained one."""
+        """What decides the numbers of an untrained network, which is its mode, preset, width, encoder and group and what lays its latent out."""
         usual = {"encoder": "resnet", "group": "none", "planes": 1, "content_norm": 1.0, "slow": 0.0, "scale_gain": 1.0}
         return self.config["mode"], self.config["preset"], self.config.get("width"), *(self.config.get(k, v) for k, v in usual.items())
 
