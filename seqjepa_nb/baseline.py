@@ -304,15 +304,12 @@ def _fit_run(config, folder, wandb_mode):
     views, poses, pick = training_views(config, images, limits)
     model = _coder(config)
     model._check(views[0].numel())
-    log = runs.start_wandb(config.to_dict(), folder, wandb_mode)
-    try:
-        _train_and_measure(config, folder, log, images, limits, model, views, pick, started, began)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
+    with runs.closing(runs.start_wandb(config.to_dict(), folder, wandb_mode)) as log:
+        try:
+            _train_and_measure(config, folder, log, images, limits, model, views, pick, started, began)
+        except KeyboardInterrupt:
             runs.say(f"\ninterrupted: the finished epochs are kept in {folder}. The same command goes on from there.")
-        log.finish(exit_code=1)
-        raise
-    log.finish()
+            raise
     return runs.read_run(folder)
 
 
