@@ -163,7 +163,7 @@ def test_what_another_process_finished_meanwhile_is_not_trained_again(tmp_path, 
     """It may have come to its end between the first look and the lock."""
     from seqjepa_nb import runs
     answers = iter([None, "theirs"])
-    monkeypatch.setattr(runs, "finished_run", lambda folder, config, tell: next(answers))
+    monkeypatch.setattr(runs, "finished_run", lambda *given: next(answers))
     assert fit_here(tmp_path) == "theirs" and not list(tmp_path.glob("*/config.json"))
 
 
