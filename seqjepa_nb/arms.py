@@ -46,7 +46,7 @@ def numbers(run: runs.Run, factor: str = "rotation") -> dict:
 
 def acts(run: runs.Run) -> bool:
     """Whether the model has an action of its own on z."""
-    return run.config.get("group") in ("known", "generator")
+    return run.config.get("group") in ("known", "generator") or run.config.get("encoder") == "matching"
 
 
 def named(run: runs.Run) -> str:
@@ -63,7 +63,7 @@ def older(found: list) -> bool:
     return any(measure.ON_ALL not in report and report.get("unmoved_error") is not None for r in found for report in r.metrics["controlled"]["factors"].values())
 
 # %% ../nbs/17_arms.ipynb #16e68ec8
-GAP = ("original", "random", "pixels", "supervised", "torus", "torus_phase", "torus_circles", "generator", "inferred", "lifted", "vit", "lifted_torus_phase",
+GAP = ("original", "random", "pixels", "matching", "supervised", "torus", "torus_phase", "torus_circles", "generator", "inferred", "lifted", "vit", "lifted_torus_phase",
        "normalised_rate", "rate_z", "rate_both", "rate_projector", "no_rate", "vicreg", "sigreg")
 """The variants of the chapters on the gap."""
 

@@ -100,6 +100,7 @@ VARIANTS = {
     "supervised": dict(objective="labels", rate="none", integer=False),
     "random": dict(epochs=0, integer=False),
     "pixels": dict(epochs=0, integer=False, encoder="pixels"),
+    "matching": dict(epochs=0, integer=False, encoder="matching"),
 }
 TITLES = {
     "original": "original", "normalised_rate": "normalised rate on z_agg", "no_rate": "no rate", "rate_z": "normalised rate on z", "rate_both": "normalised rate on both", "rate_projector": "normalised rate on the projector",
@@ -107,7 +108,7 @@ TITLES = {
     "vicreg": "VICReg", "sigreg": "SIGReg", "lifted": "lifted encoder", "vit": "ViT encoder",
     "crate_aggregator": "CRATE aggregator", "crate_alpha": "CRATE-α aggregator", "crate_predictor": "CRATE predictor", "crate": "CRATE aggregator and predictor", "crate_encoder": "CRATE encoder",
     "torus": "known action", "torus_phase": "known action + phase", "torus_circles": "known action + phase (all on circles)", "generator": "learned generator", "inferred": "steady motion", "lifted_torus_phase": "lifted known action + phase",
-    "supervised": "with labels (reference)", "random": "untrained encoder", "pixels": "pixels (PCA)",
+    "supervised": "with labels (reference)", "random": "untrained encoder", "pixels": "pixels (PCA)", "matching": "template matching",
 }
 """What each variant is called in tables and figures."""
 CHOICES = {"mode": tuple(MODES), "variant": tuple(VARIANTS), "preset": ("auto", *PRESETS), "schedule": ("constant", "cosine"),
@@ -156,10 +157,12 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
     runs.refuse_idle(config, overrides, IDLE)
     if config.batch > config.n_train:
         raise ValueError(f"batch {config.batch} is larger than n_train {config.n_train}")
-    if config.encoder == "pixels" and (config.epochs or config.group != "none"):
-        raise ValueError(f"encoder 'pixels' is fitted and not trained: it needs epochs 0 and group 'none', not {config.epochs} and {config.group!r} (variant {variant!r})")
+    if config.encoder in ("pixels", "matching") and (config.epochs or config.group != "none"):
+        raise ValueError(f"encoder {config.encoder!r} is fitted and not trained: it needs epochs 0 and group 'none', not {config.epochs} and {config.group!r} (variant {variant!r})")
     if config.encoder == "pixels" and 8 * config.width > 3 * 28 * 28:
         raise ValueError(f"width {config.width}: encoder 'pixels' has {3 * 28 * 28} components at most, so width is at most {3 * 28 * 28 // 8}")
+    if config.encoder == "matching" and (mode != "rotation" or 8 * config.width - 2 > config.n_train):
+        raise ValueError(f"encoder 'matching' (variant {variant!r}) turns 8 * width - 2 = {8 * config.width - 2} training images: it needs mode 'rotation' and as many of them, not {mode!r} and n_train {config.n_train}")
     if config.group in ("generator", "inferred") and config.views < 4:
         raise ValueError(f"group {config.group!r} (variant {variant!r}) needs views of at least 4, not {config.views}: it looks at several turns of a sequence")
     if config.encoder == "vit" and 8 * config.width % (heads := max(1, config.width // 8)):

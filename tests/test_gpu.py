@@ -104,7 +104,7 @@ class Crossings(TorchDispatchMode):
 
 
 def test_every_variant_can_be_recorded(monkeypatch):
-    """Up to its loss, on tensors that only pretend to be on a GPU (a backward pass wants a real one); numbers asked of the device raise there."""
+    """Up to its loss (matching is never trained), on tensors that only pretend to be on a GPU (a backward pass wants a real one); numbers asked of the device raise there."""
     from seqjepa_nb import train
     from seqjepa_nb.config import VARIANTS, make_config
     from seqjepa_nb.images import load_images
@@ -116,7 +116,7 @@ def test_every_variant_can_be_recorded(monkeypatch):
         assert crossings.seen == {"aten._to_copy.default"}
         with pytest.raises(Exception, match="local_scalar"):
             x.sum().item()
-    for mode, variant in [("rotation", v) for v in VARIANTS] + [("multi", v) for v in ("original", "torus_phase", "torus_circles", "supervised")]:
+    for mode, variant in [("rotation", v) for v in VARIANTS if v != "matching"] + [("multi", v) for v in ("original", "torus_phase", "torus_circles", "supervised")]:
         config = make_config(mode, variant, "quick", device="cpu", overrides={"n_train": 64, "n_test": 64, "batch": 16, "precision": "float32"})
         _, limits, learner, probes, _ = train.prepare(config, digits)
         with FakeTensorMode(allow_non_fake_inputs=True):
