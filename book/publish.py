@@ -10,7 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from seqjepa_nb import measure, runs, viz
+from seqjepa_nb import measure, runs
+from seqjepa_nb.canvas import small_png
 from seqjepa_nb.config import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def executed(path):
         cell["source"] = re.sub(r'(?m)^runs_dir = "/.*"$', 'runs_dir = "runs"', "".join(cell["source"])).splitlines(keepends=True)  # a folder of another machine says nothing
         for output in cell.get("outputs", []):
             if picture := output.get("data", {}).get("image/png"):
-                output["data"]["image/png"] = base64.b64encode(viz.small_png(base64.b64decode(picture))).decode()
+                output["data"]["image/png"] = base64.b64encode(small_png(base64.b64decode(picture))).decode()
     return found[1], notebook
 
 
@@ -88,7 +89,7 @@ def publish(path):
         if file.exists():
             shutil.copy(file, made)
     for file in source.glob("figures/*.png"):
-        (made / "figures" / file.name).write_bytes(viz.small_png(file.read_bytes()))
+        (made / "figures" / file.name).write_bytes(small_png(file.read_bytes()))
     page = made / ("21_lie_baseline.ipynb" if "-lie" in name else "20_train.ipynb")
     notebook["cells"][0]["source"] = heading(name, json.loads((made / "config.json").read_text()), page.name).splitlines(keepends=True)
     runs.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")

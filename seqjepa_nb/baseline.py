@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import frozen, measure, runs, subspace, viz
+from . import frozen, measure, runs, subspace, trajectories, viz
 from .affine import MODES, Ranges, ranges, sample_poses, warp
 from .images import load_images, to_float
 from .lie import LieSparseCoder
@@ -255,13 +255,13 @@ def draw(model: LieSparseCoder, images, views: Tensor, planes: dict, sweeps: dic
         figures["inferred_codes"] = viz.inferred_codes(values, found[..., model.templates:], found[..., :model.templates], f)
     if sweeps:
         few = {f: (z[:12], v) for f, (z, v) in sweeps.items()}
-        figures["combined_trajectories"] = viz.combined_trajectories(few)
+        figures["combined_trajectories"] = trajectories.combined_trajectories(few)
         alone = lambda s, v: (s - s[:, v.abs().argmin(), None]).flatten(0, 1)
         named = {f"{f}, {name}": subspace.spectrum(alone(*pair[f])) for name, pair in (("code", sweeps), ("planes", planes)) for f in pair}
         figures["eigs_rot"] = viz.eigs_rot({k: v for k, v in named.items() if k.startswith("rotation")} or named)
     if "rotation" in planes:
-        figures["sweep_traj_rot"] = viz.sweep_traj_rot(planes["rotation"][0][:12], planes["rotation"][1])
-        figures["sweep_code_rot"] = viz.sweep_traj_rot(sweeps["rotation"][0][:12], sweeps["rotation"][1])
+        figures["sweep_traj_rot"] = trajectories.sweep_traj_rot(planes["rotation"][0][:12], planes["rotation"][1])
+        figures["sweep_code_rot"] = trajectories.sweep_traj_rot(sweeps["rotation"][0][:12], sweeps["rotation"][1])
     return figures
 
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import measure, subspace, viz
+from . import measure, subspace, trajectories, viz
 from .affine import MODES, relative_action, sample_poses
 from .beside import Beside
+from .canvas import render
 from .config import Config
 from .crate import block_report, blocks_of, head_energy
 from .images import normalise, to_float
@@ -82,7 +83,7 @@ def published(config: Config, frozen: Frozen, probes: OnlineProbes, images, limi
 
 # %% ../nbs/08_evaluation.ipynb #49e6238e
 def draw(frozen: Frozen, images, config: Config, limits, arrays) -> dict:
-    """What a run's figures show, from the test sequences' `arrays` and a few sweeps: name -> (function of `viz`, its data)."""
+    """What a run's figures show, from the test sequences' `arrays` and a few sweeps: name -> (function that draws it, its data)."""
     z, z_agg, poses = arrays
     few = to_float(images.test[:12])
     values = {f: subspace.sweep_values(f, limits) for f in MODES[config.mode]}
@@ -90,18 +91,18 @@ def draw(frozen: Frozen, images, config: Config, limits, arrays) -> dict:
     deltas = z[:, 1] - z[:, 0]
     alone = {f"{f} alone": (s - s[:, v.abs().argmin(), None]).flatten(0, 1) for f, (s, v) in sweeps.items()}
     spectra = lambda named: {name: subspace.spectrum(d.to(frozen.device)).numpy() for name, d in named.items()}
-    figures = {"combined_trajectories": (viz.combined_trajectories, {f: (s.numpy(), v.numpy()) for f, (s, v) in sweeps.items()}),
+    figures = {"combined_trajectories": (trajectories.combined_trajectories, {f: (s.numpy(), v.numpy()) for f, (s, v) in sweeps.items()}),
                "eigs_rot": (viz.eigs_rot, spectra({"all test deltas": deltas} | alone)),
                "rank_monitor": (viz.rank_monitor, spectra({"z": z[:, 0], "z_agg": z_agg}))}
     if "rotation" in sweeps:
-        figures |= {"sweep_traj_rot": (viz.sweep_traj_rot, *sweeps["rotation"]), "rotation_circle": (viz.rotation_circle, deltas, poses[:, 1, 0])}
+        figures |= {"sweep_traj_rot": (trajectories.sweep_traj_rot, *sweeps["rotation"]), "rotation_circle": (trajectories.rotation_circle, deltas, poses[:, 1, 0])}
     return figures
 
 
 def drawn(figures: dict, threads: int) -> dict:
     """Futures of the PNGs of figures as `draw` returns them, by name; `threads` as for `Beside`."""
     beside = Beside(threads)
-    return {name: beside(viz.render, *figure) for name, figure in figures.items()}
+    return {name: beside(render, *figure) for name, figure in figures.items()}
 
 # %% ../nbs/08_evaluation.ipynb #0da3ca1e
 def crate_report(config: Config, learner: Learner, images, limits) -> dict:
@@ -215,12 +216,12 @@ def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, a
         found["generator"] = learner.generator.to("cpu").spectrum(arrays[0][:, 1, :learner.model.pose_dim])
     figures, blocks = draw(frozen, images, config, limits, arrays), crate_report(config, learner, images, limits)
     if limits.full_circle:
-        figures["class_circles"] = (viz.class_circles, sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
+        figures["class_circles"] = (trajectories.class_circles, sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
     if len(names := list(sweeps)) > 1:
         shared = lambda f, g: found["overlap"].get(f"{f}-{g}", found["overlap"].get(f"{g}-{f}", 1.0))
         figures["overlap_heatmap"] = (viz.overlap_heatmap, [[shared(f, g) for g in names] for f in names], names)
     if "x" in sweeps:
-        figures["translation_lines"] = (viz.translation_lines, sweeps["x"][0], sweeps["y"][0], sweeps["x"][1], sweeps["y"][1])
+        figures["translation_lines"] = (trajectories.translation_lines, sweeps["x"][0], sweeps["y"][0], sweeps["x"][1], sweeps["y"][1])
     if blocks:
         figures["head_heatmap"] = (viz.head_heatmap, blocks["heads"], blocks["layers"])
     return found, blocks, figures

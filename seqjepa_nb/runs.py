@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import seqjepa_nb
-from .viz import render
+from .canvas import render
 
 # %% ../nbs/07_runs.ipynb #6b69e1cf
 def find_root() -> Path:

@@ -72,7 +72,7 @@ def publishing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BOOK))
     publish = importlib.import_module("publish")
     monkeypatch.setattr(publish, "ROOT", tmp_path)
-    monkeypatch.setattr(publish.viz, "small_png", lambda png: png)
+    monkeypatch.setattr(publish, "small_png", lambda png: png)
     (tmp_path / "book/runs").mkdir(parents=True)
     for file in ("book/_toc.yml", "_quarto.yml"):
         (tmp_path / file).write_text(re.sub(r" +- (?:file: |book/)runs/.*\n", "", (ROOT / file).read_text()))
