@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from seqjepa_nb import runs, sweep, train
+from seqjepa_nb import files, runs, sweep, train
 from seqjepa_nb.config import make_config
 from seqjepa_nb.learner import draw_poses, epoch_generator
 
@@ -229,11 +229,11 @@ def main(arguments=None):
             broken.append(name)
             print(f"{name}: failed, {type(error).__name__}: {error}", flush=True)
             continue
-        runs.write_json(file, found)
+        files.write_json(file, found)
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
     torch.cuda.empty_cache()
     states = sweep.run_sweep(jobs, known, budget=left()) if left() > 0 else {j.folder.name: sweep.stands(j)[0] for j in jobs.jobs}
-    runs.write_json(file, found)
+    files.write_json(file, found)
     open_ = [n for n, s in states.items() if s != "finished"]
     print(f"{len(states) - len(open_)} of {len(states)} runs finished; measurements in {file}.")
     if late or broken or open_:

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from seqjepa_nb import measure, runs
+from seqjepa_nb import files, measure, runs, settings
 from seqjepa_nb.canvas import small_png
 from seqjepa_nb.config import TITLES
 
@@ -42,7 +42,7 @@ def executed(path):
 
 def heading(name, config, notebook):
     """A run's chapter in words: what it is, the folder's name, and the command that makes it again."""
-    changed = {k: v for k, v in config.items() if f"-{k}{v}" in name.removeprefix(runs.run_name(config))}
+    changed = {k: v for k, v in config.items() if f"-{k}{v}" in name.removeprefix(settings.run_name(config))}
     which = f"{config['few']} digits of any class" if "few" in changed else "one digit a class"
     titles = TITLES | {"lie": "Lie-group baseline", "lie_exemplars": f"Lie-group baseline, {which}", "lie_few_first": f"Lie-group baseline, {which} first"}
     about = f"{config['mode'].capitalize().replace('_', ' and ')}: {titles[config['variant']]}" + "".join(f", {k} {v}" for k, v in changed.items() if k != "few") + ("" if config["dataset"] == "mnist" else f", {config['dataset']}") + ("" if config["preset"] == "small" else f", {config['preset']}") + (f", seed {config['seed']}" if config["seed"] else "")
@@ -61,7 +61,7 @@ def list_chapter(name, page):
         text = file.read_text()
         known = re.findall(r" +- (?:file: |book/)runs/.*\n", text)
         head, tail = text.replace("".join(known), "").split(ahead)
-        runs.write_text(file, head + ahead + "".join(sorted({*known, entry})) + tail)
+        files.write_text(file, head + ahead + "".join(sorted({*known, entry})) + tail)
 
 
 def bring_back(target, aside):
@@ -92,7 +92,7 @@ def publish(path):
         (made / "figures" / file.name).write_bytes(small_png(file.read_bytes()))
     page = made / ("21_lie_baseline.ipynb" if "-lie" in name else "20_train.ipynb")
     notebook["cells"][0]["source"] = heading(name, json.loads((made / "config.json").read_text()), page.name).splitlines(keepends=True)
-    runs.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    files.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     sizes = {f: f.stat().st_size for f in made.rglob("*") if f.is_file()}
     if sum(sizes.values()) > LIMIT or any(s > FIGURE for f, s in sizes.items() if f.suffix == ".png"):
         shutil.rmtree(made)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import frozen, measure, runs, subspace, trajectories, viz
+from . import files, frozen, logs, measure, runs, settings, subspace, trajectories, viz
 from .affine import MODES, Ranges, ranges, sample_poses, warp
 from .images import load_images, to_float
 from .lie import LieSparseCoder
@@ -90,10 +90,10 @@ IDLE = (  # settings that nothing reads, and when
 def make_config(mode: str = "rotation", variant: str = "lie", preset: str = "auto", dataset: str = "mnist", seed: int = 0, device: str = "auto", overrides: dict | None = None) -> Config:
     """Put a run's `Config` together: the preset's values, the mode's torus and the overrides; ValueError, with the valid ones, for an unknown name or value, and for an override that would change nothing."""
     choices = {"mode": tuple(SETTINGS), "variant": VARIANTS, "preset": ("auto", *PRESETS)}
-    asked = runs.request(Config, choices, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    values = runs.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked, {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1, "few": 0}, {"seed": 2**40})
+    asked = settings.request(Config, choices, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
+    values = settings.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked, {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1, "few": 0}, {"seed": 2**40})
     config = Config(**values)
-    runs.refuse_idle(config, overrides, IDLE)
+    settings.refuse_idle(config, overrides, IDLE)
     _coder(config)._check(PIXELS.get(config.dataset))
     if config.few > config.n_train:
         raise ValueError(f"few {config.few} is larger than n_train {config.n_train}")
@@ -288,11 +288,11 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     FloatingPointError
         If the likelihood overflows.
     """
-    wandb_mode, folder = runs.wandb_mode(wandb_mode), Path(runs_dir) / runs.folder_name(config, make_config)
-    finished = lambda: runs.finished_run(folder, config.to_dict(), runs.say, Config().to_dict())
+    wandb_mode, folder = logs.wandb_mode(wandb_mode), Path(runs_dir) / settings.folder_name(config, make_config)
+    finished = lambda: runs.finished_run(folder, config.to_dict(), logs.say, Config().to_dict())
     if (there := finished()) is not None:
         return there
-    with runs.only_one(folder.parent, folder.name):
+    with files.only_one(folder.parent, folder.name):
         return finished() or _fit_run(config, folder, wandb_mode)  # asked again: another process may have finished it meanwhile
 
 
@@ -304,11 +304,11 @@ def _fit_run(config, folder, wandb_mode):
     views, poses, pick = training_views(config, images, limits)
     model = _coder(config)
     model._check(views[0].numel())
-    with runs.closing(runs.start_wandb(config.to_dict(), folder, wandb_mode)) as log:
+    with logs.closing(logs.start_wandb(config.to_dict(), folder, wandb_mode)) as log:
         try:
             _train_and_measure(config, folder, log, images, limits, model, views, pick, started, began)
         except KeyboardInterrupt:
-            runs.say(f"\ninterrupted: the finished epochs are kept in {folder}. The same command goes on from there.")
+            logs.say(f"\ninterrupted: the finished epochs are kept in {folder}. The same command goes on from there.")
             raise
     return runs.read_run(folder)
 
@@ -316,19 +316,19 @@ def _fit_run(config, folder, wandb_mode):
 def _train_and_measure(config, folder, log, images, limits, model, views, pick, started, began):
     """Fill a run's folder and its log."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "config.json", config.to_dict())
     state = folder / "state.safetensors"
     if state.exists():
-        before = runs.load_state(state)[1]
+        before = files.load_state(state)[1]
         started -= sum(before["seconds"].values())
-        runs.say(f"{folder.name}: going on after epoch {len(before['history'])}")
-    runs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
+        logs.say(f"{folder.name}: going on after epoch {len(before['history'])}")
+    logs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
     few = training_views(dataclasses.replace(config, variant="lie_exemplars"), images, limits)[0] if config.variant == "lie_few_first" else None
     if few is not None:
-        runs.say(f"{folder.name}: before that the same on {len(few)} views of {config.few or 'one image a class'}{' images of any class' if config.few else ''}, which all the pairs are of")
+        logs.say(f"{folder.name}: before that the same on {len(few)} views of {config.few or 'one image a class'}{' images of any class' if config.few else ''}, which all the pairs are of")
     model.fit(views, checkpoint=state, first=few)
     for row in model.history_:
-        runs.log_history(log, row, row["epoch"])
+        logs.log_history(log, row, row["epoch"])
     code = model.transform(views)
     scale = code[:, :model.templates].square().sum(1).mean().sqrt().clamp_min(1e-6).item()
     main, short, planes, sweeps = yardstick(model, images, config.mode, limits, scale)
@@ -336,9 +336,9 @@ def _train_and_measure(config, folder, log, images, limits, model, views, pick, 
     found = model.evaluate(views)
     figures = draw(model, images, views, planes, sweeps, limits)
     for name, figure in figures.items():
-        runs.write_figure(folder / "figures" / f"{name}.png", figure, 80)
-    runs.log_figures(log, figures, len(model.history_))
-    runs.write_history(folder, model.history_)
+        files.write_figure(folder / "figures" / f"{name}.png", figure, 80)
+    logs.log_figures(log, figures, len(model.history_))
+    files.write_history(folder, model.history_)
     model.save_pretrained(folder)
     chosen = [] if config.variant == "lie" else few_digits(config, images).tolist()
     lie = {"snr": found["snr"], "snr_mean": found["snr_mean"], "snr_each": found["snr_each"], "snr_test": model.score(gray(test)), "objective": found["objective"], "restarts": model.restarts_,
@@ -347,6 +347,6 @@ def _train_and_measure(config, folder, log, images, limits, model, views, pick, 
     shown = sum(len(few if few is not None and row["phase"].startswith("first ") else views) for row in model.history_)
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, {"training": model.train_s_}, shown, began)
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
-    runs.write_json(folder / "metrics.json", {"run": run, "controlled": main, "lie": lie, "environment": environment})
-    log.summary.update(runs.plain({"controlled": main, "lie": lie}))
+    files.write_json(folder / "metrics.json", {"run": run, "controlled": main, "lie": lie, "environment": environment})
+    log.summary.update(files.plain({"controlled": main, "lie": lie}))
     state.unlink(missing_ok=True)

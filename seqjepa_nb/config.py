@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import runs
+from . import settings
 from .affine import MODES
 from .model import AGGREGATORS, ENCODERS, PREDICTORS
-from .runs import resolve_device
+from .settings import resolve_device
 
 # %% ../nbs/08_config.ipynb #9cf30c07
 @dataclass(frozen=True)
@@ -145,16 +145,16 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
     ValueError
         If a name or value is unknown, then the message lists the valid ones, or an override would change nothing.
     """
-    asked = runs.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
+    asked = settings.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
     least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0, "scale_gain": 0.01, "lr": 0, "decay": 0, "dropout": 0}
     most = {"seed": 2**40, "decay": 1, "dropout": 0.9}  # a generator's seed has 64 bits, and an epoch's is a run's times some 10**5
-    values = runs.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least, most)
+    values = settings.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least, most)
     place = resolve_device(asked["device"])
     if values["precision"] == "auto":
         values["precision"] = "bfloat16" if fast_bfloat16(place) else "float32"
-    runs.check_choices(values, CHOICES)
+    settings.check_choices(values, CHOICES)
     config = Config(**values)
-    runs.refuse_idle(config, overrides, IDLE)
+    settings.refuse_idle(config, overrides, IDLE)
     if config.batch > config.n_train:
         raise ValueError(f"batch {config.batch} is larger than n_train {config.n_train}")
     if config.encoder in ("pixels", "matching") and (config.epochs or config.group != "none"):

@@ -21,8 +21,8 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.metadata_routing import UNUSED
 from torch import Tensor
 
-from . import runs
-from .runs import resolve_device
+from . import files, logs
+from .settings import resolve_device
 
 # %% ../nbs/09_lie.ipynb #825ff987
 def _whole(least, **values):
@@ -459,7 +459,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         learn = [("restart", r, e) for r in range(self.restarts) for e in range(self.restart_epochs)] + [("best", -1, e) for e in range(self.epochs)]
         plan = [("", *p) for p in pairs + learn] if first is None else [("first ", *p) for p in pairs + learn] + [("", *p) for p in learn]
         near = self._nearest(rows_of["first "]) if done < self.pair_epochs else None
-        bar = runs.progress(sum(math.ceil(len(rows_of[stage]) / self.batch) for stage, *_ in plan[done:]) if self.verbose else 0, "planes and templates")
+        bar = logs.progress(sum(math.ceil(len(rows_of[stage]) / self.batch) for stage, *_ in plan[done:]) if self.verbose else 0, "planes and templates")
         try:
             if not done:
                 self._begin_planes(rows_of["first "], self.seed)
@@ -500,17 +500,17 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     def _keep(self, path, kept, x):
         tensors = {"planes": self.planes_, "templates": self.templates_} | {f"sums/{k}": v for k, v in self._sums.items()} | {f"kept/{k}": v for k, v in kept.items()}
-        runs.save_state(path, tensors, {"history": self.history_, "restarts": self.restarts_, "seconds": {"training": self.train_s_}, "params": self.get_params(), "images": self._mark(x)})
+        files.save_state(path, tensors, {"history": self.history_, "restarts": self.restarts_, "seconds": {"training": self.train_s_}, "params": self.get_params(), "images": self._mark(x)})
 
     def _restore(self, path, x):
         """(epochs done, what is kept of the best), as the checkpoint says; none where there is no such file."""
         if not path or not Path(path).exists():
             self.history_, self.restarts_, self.train_s_ = [], [], 0.0
             return 0, {}
-        tensors, meta = runs.load_state(path)
+        tensors, meta = files.load_state(path)
         if "images" not in meta:
             raise ValueError(f"checkpoint {path} is none that a fit has written; name another")
-        if meta["params"] | {"verbose": self.verbose} != runs.plain(self.get_params()):
+        if meta["params"] | {"verbose": self.verbose} != files.plain(self.get_params()):
             raise ValueError(f"checkpoint {path} belongs to other parameters; remove it or name another")
         if not all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(meta["images"], self._mark(x))):
             raise ValueError(f"checkpoint {path} belongs to other images; remove it or name another")
@@ -622,7 +622,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     def save_pretrained(self, folder):
         """Write `model.safetensors`, which holds the parameters too and the sums that `partial_fit` goes on from, into a folder."""
         self._ready()
-        runs.save_state(Path(folder) / "model.safetensors", {"planes": self.planes_, "templates": self.templates_} | {f"sums/{k}": v for k, v in self._sums.items()},
+        files.save_state(Path(folder) / "model.safetensors", {"planes": self.planes_, "templates": self.templates_} | {f"sums/{k}": v for k, v in self._sums.items()},
                         {"params": self.get_params(), "image_shape": self.image_shape_})
 
     @classmethod
@@ -636,7 +636,7 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         """
         if unknown := sorted({*changed} - {*cls().get_params()}):
             raise ValueError(f"unknown parameters {', '.join(unknown)}. Valid: {', '.join(sorted(cls().get_params()))}")
-        tensors, meta = runs.load_state(Path(folder) / "model.safetensors")
+        tensors, meta = files.load_state(Path(folder) / "model.safetensors")
         if fixed := [n for n in _FIXED if n in changed and changed[n] != meta["params"][n]]:
             raise ValueError(f"{', '.join(fixed)}: what was learned depends on it, so it can't be changed; fit again")
         model = cls(**meta["params"] | changed).known(tensors["planes"], tensors["templates"], meta["image_shape"])

@@ -22,7 +22,7 @@ from torchvision.models.resnet import BasicBlock
 
 from .affine import warp
 from .crate import CRATEBlock
-from .runs import replacing, write_json
+from .files import replacing, write_json
 from .torus import GroupHead, LiftedHead, pose_dims
 
 # %% ../nbs/03_model.ipynb #27a55f86

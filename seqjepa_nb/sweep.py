@@ -31,7 +31,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from . import baseline, config, runs
+from . import baseline, config, files, runs, settings
 from .config import PRESETS
 
 # %% ../nbs/13_sweep.ipynb #0bd21b6f
@@ -126,7 +126,7 @@ def expand(grid: dict, runs_dir: Path, here: bool = True) -> list:
         if not here and device == "cuda" and room is config:  # what this machine multiplies in says nothing of that one: there bfloat16 is usual
             there = {"precision": "bfloat16"}
             asked = dataclasses.replace(asked, precision=(p.get("overrides") or {}).get("precision", "bfloat16"))
-        jobs.append(Job(notebook, p, asked, runs_dir / runs.folder_name(asked, room.make_config, **there), here))
+        jobs.append(Job(notebook, p, asked, runs_dir / settings.folder_name(asked, room.make_config, **there), here))
     return jobs
 
 
@@ -282,7 +282,7 @@ def start(sweep: Sweep, job: Job, slot: int = 0):
         handle = executor.submit(submitit.helpers.CommandFunction(job.command(sweep.threads), cwd=runs.find_root()))
     finally:
         signal.signal(signal.SIGINT, usual)
-    runs.write_json(logs / f"{job.folder.name}.json", {"executor": sweep.executor, "job_id": handle.job_id})
+    files.write_json(logs / f"{job.folder.name}.json", {"executor": sweep.executor, "job_id": handle.job_id})
     return handle
 
 
@@ -392,7 +392,7 @@ def run_sweep(sweep: Sweep, known: list = (), budget: float = math.inf, poll: fl
     states = {j.folder.name: "finished" if stands(j)[0] == "finished" else "waiting" for j in sweep.jobs}
     waiting = [j for j in sweep.jobs if states[j.folder.name] == "waiting"]
     minutes = {j.folder.name: estimate(j, known)[0] for j in waiting}
-    with runs.only_one(sweep.runs_dir, who="sweep"):
+    with files.only_one(sweep.runs_dir, who="sweep"):
         for job in waiting:  # what a killed sweep left behind
             with suppress(OSError, KeyError, ValueError):
                 note = json.loads((sweep.runs_dir / ".jobs" / f"{job.folder.name}.json").read_text())

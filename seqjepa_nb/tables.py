@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from .runs import run_name
+from .settings import run_name
 
 # %% ../nbs/19_tables.ipynb #ced49c06
 IDENTITY = ("mode", "variant", "preset", "dataset", "seed")

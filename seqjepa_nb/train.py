@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from . import processes, runs
+from . import files, logs, processes, runs, settings
 from .affine import ranges, relative_action, sample_poses
 from .beside import bring_up
 from .config import Config, make_config
@@ -236,20 +236,20 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None, images=N
     ValueError
         If the folder holds a run of another configuration or of other images, or the images given are not those of the configuration.
     """
-    wandb_mode, folder = runs.wandb_mode(wandb_mode), Path(runs_dir) / runs.folder_name(config, make_config)
+    wandb_mode, folder = logs.wandb_mode(wandb_mode), Path(runs_dir) / settings.folder_name(config, make_config)
     if images is not None:
         _own_images(config, images)
     processes.join(torch.device(config.device).type)
     lead = processes.first()
     if (there := _finished(config, folder, images)) is not None:
         return there
-    with runs.only_one(folder.parent, folder.name) if lead else nullcontext():
+    with files.only_one(folder.parent, folder.name) if lead else nullcontext():
         processes.wait()  # from here on nobody else writes into the folder; another process may have finished it meanwhile
         return _finished(config, folder, images) or _fit(config, folder, wandb_mode, images)
 
 
 def _finished(config, folder, images):
-    there = runs.finished_run(folder, config.to_dict(), lambda text: processes.first() and runs.say(text), Config().to_dict())
+    there = runs.finished_run(folder, config.to_dict(), lambda text: processes.first() and logs.say(text), Config().to_dict())
     if there is not None and images is not None and there.metrics["environment"].get("images") != images.mark():
         raise ValueError(f"{folder} holds a finished run of other images. Give them another name by dataset, or remove it.")
     return there
@@ -267,11 +267,11 @@ def _own_images(config, images):
 def _fit(config, folder, wandb_mode, images):
     started, laps, code = time.time(), runs.Laps(), runs.commit()
     lead, spare = processes.first(), torch.get_num_threads() if torch.device(config.device).type == "cuda" else 1  # a CPU that trains has no core to spare
-    say = lambda text: lead and runs.say(text)
+    say = lambda text: lead and logs.say(text)
     images, limits, learner, probes, optimisers = prepare(config, images and images.to(config.device))
     state_file, history, wandb_id, mark = folder / "state.safetensors", [], None, images.mark()
     if state_file.exists():
-        tensors, meta = runs.load_state(state_file)
+        tensors, meta = files.load_state(state_file)
         unpack(tensors, learner, probes, optimisers)
         history, wandb_id = meta["history"], meta["wandb_id"]
         if meta["images"] != mark:
@@ -282,7 +282,7 @@ def _fit(config, folder, wandb_mode, images):
     processes.wait()  # all have looked at the folder before anything is written
     if lead:
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_json(folder / "config.json", config.to_dict())
+        files.write_json(folder / "config.json", config.to_dict())
     left, step = config.epochs - len(history), Step(config, images, limits, learner, probes, optimisers)
     say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source}{', moved as photographs' if images.natural else ''})")
     if left:
@@ -291,10 +291,10 @@ def _fit(config, folder, wandb_mode, images):
         say(f"training will take {f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, then the measurements")
 
     frozen = Frozen(learner.model, images, config.device)
-    with runs.closing(runs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None) as log:
-        book = runs.Logbook(log)
+    with logs.closing(logs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None) as log:
+        book = logs.Logbook(log)
         steps = len(images.train) // config.batch
-        bar = runs.progress(left * steps * lead, f"{config.mode} {config.variant}")
+        bar = logs.progress(left * steps * lead, f"{config.mode} {config.variant}")
         kept, kept_at, cost = len(history), time.perf_counter(), 0.0
         laps("start")
         try:
@@ -311,10 +311,10 @@ def _fit(config, folder, wandb_mode, images):
                 book(history[-1], epoch + 1, drawn(draw(frozen, images, config, limits, arrays), spare) if due else {})
                 laps("figures")
                 if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
-                    runs.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark})
+                    files.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark})
                     kept, kept_at = epoch + 1, time.perf_counter()
                     cost = kept_at - clock
-                runs.write_history(folder, history)
+                files.write_history(folder, history)
                 laps("saving")
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         except KeyboardInterrupt:
@@ -333,21 +333,21 @@ def _fit(config, folder, wandb_mode, images):
         laps("measuring")
         pictures = {name: picture.result() for name, picture in drawn(figures, spare).items()}
         for name, picture in pictures.items():
-            runs.write_figure(folder / "figures" / f"{name}.png", picture)
+            files.write_figure(folder / "figures" / f"{name}.png", picture)
         book.flush()
-        runs.log_figures(log, pictures, max(1, config.epochs))
+        logs.log_figures(log, pictures, max(1, config.epochs))
         laps("figures")
         if history:
-            runs.write_history(folder, history)
+            files.write_history(folder, history)
         learner.model.save_pretrained(folder)
         if config.group == "generator":
-            runs.save_state(folder / "generator.safetensors", learner.generator.state_dict(), {"planes": config.planes})
+            files.save_state(folder / "generator.safetensors", learner.generator.state_dict(), {"planes": config.planes})
         laps("saving")
         run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
         environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
                                        config.epochs * steps * config.batch * config.views, code) | {"images": mark, "image_shape": list(images.train.shape[1:])}
         last = {"loss": history[-1]["loss"]} if history else {}
-        runs.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
+        files.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
         log.summary.update({"published": numbers, "controlled": found})
         state_file.unlink(missing_ok=True)
         processes.wait()
@@ -359,7 +359,7 @@ PARAMETERS = ("mode", "variant", "preset", "dataset", "seed", "device", "overrid
 
 def fit_with(parameters: dict):
     """`fit` with the parameters of `20_train` by name, as a launcher of several processes wants it; see `processes`."""
-    runs.refuse_unknown(parameters, PARAMETERS)
+    settings.refuse_unknown(parameters, PARAMETERS)
     given = {"runs_dir": "runs", "wandb_mode": None} | parameters
     runs_dir, wandb_mode = runs.find_root() / given.pop("runs_dir"), given.pop("wandb_mode")
     return fit(make_config(**given), runs_dir, wandb_mode)

@@ -103,7 +103,7 @@ def test_publishing_keeps_what_is_there_until_the_new_is_whole(publishing, tmp_p
     elif how == "without its folder":
         shutil.rmtree(tmp_path / "runs" / run)
     elif how == "broken off":
-        monkeypatch.setattr(publish.runs, "write_text", lambda path, text: 1 / 0)
+        monkeypatch.setattr(publish.files, "write_text", lambda path, text: 1 / 0)
     elif how == "broken off between the renames":
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda path, to: 1 / 0 if path.name.endswith(".part") else rename(path, to))

@@ -81,7 +81,7 @@ def test_unknown_values_name_the_valid_ones():
 
 
 def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm, capsys):
-    from seqjepa_nb.runs import load_state
+    from seqjepa_nb.files import load_state
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code = f"import torch; torch.set_num_threads(1); from seqjepa_nb.baseline import fit_run, make_config; fit_run(make_config(**{options()!r}), {str(broken)!r})"
     process, done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
@@ -130,13 +130,13 @@ def test_folder_of_one_black_class(tmp_path, calm):
 
 def test_the_log_holds_history_and_figures(tmp_path, calm, monkeypatch):
     """What Weights & Biases is given: a row an epoch, then the figures, then the numbers."""
-    from seqjepa_nb import runs
+    from seqjepa_nb import logs
     given, summary, ends = [], {}, []
     class Log:
         log = staticmethod(lambda row, step: given.append((step, set(row))))
         finish = staticmethod(lambda exit_code=0: ends.append(exit_code))
     Log.summary = summary
-    monkeypatch.setattr(runs, "start_wandb", lambda config, folder, mode=None, run_id=None: Log)
+    monkeypatch.setattr(logs, "start_wandb", lambda config, folder, mode=None, run_id=None: Log)
     run = fit_here(tmp_path / "runs")
     assert [step for step, row in given if "snr" in row] == list(run.history["epoch"]) and ends == [0]
     assert given[-1] == (len(run.history), {f"viz/{name}" for name in run.figures}) and {"controlled", "lie"} == set(summary)
@@ -144,7 +144,7 @@ def test_the_log_holds_history_and_figures(tmp_path, calm, monkeypatch):
 
 def test_an_error_while_measuring_closes_the_log_as_failed(tmp_path, calm, monkeypatch):
     """And what was trained stays for the next try."""
-    from seqjepa_nb import baseline, runs
+    from seqjepa_nb import baseline, logs
     ends = []
     class Log:
         log = staticmethod(lambda row, step: None)
@@ -152,7 +152,7 @@ def test_an_error_while_measuring_closes_the_log_as_failed(tmp_path, calm, monke
         summary = {}
     def broken(*given):
         raise RuntimeError("no room")
-    monkeypatch.setattr(runs, "start_wandb", lambda config, folder, mode=None, run_id=None: Log)
+    monkeypatch.setattr(logs, "start_wandb", lambda config, folder, mode=None, run_id=None: Log)
     monkeypatch.setattr(baseline, "yardstick", broken)
     with pytest.raises(RuntimeError, match="no room"):
         fit_here(tmp_path)

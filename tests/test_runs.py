@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import seqjepa_nb
-from seqjepa_nb import runs, tables
+from seqjepa_nb import files, logs, runs, settings, tables
 
 CONFIG = {"mode": "rotation", "variant": "original", "preset": "quick", "dataset": "mnist", "seed": 0}
 
@@ -29,11 +29,11 @@ def figure():
 
 
 WRITERS = {
-    "text": lambda path, n: runs.write_text(path, "0123456789" * n),
-    "json": lambda path, n: runs.write_json(path, {"values": list(range(n))}),
-    "figure": lambda path, n: runs.write_figure(path, figure(), dpi=50 + n // 100),
-    "history": lambda path, n: runs.write_history(path.parent, [{"epoch": i, "loss": i / 7} for i in range(n)]),
-    "state": lambda path, n: runs.save_state(path, {"w": torch.arange(n, dtype=torch.float32)}, {"epoch": n}),
+    "text": lambda path, n: files.write_text(path, "0123456789" * n),
+    "json": lambda path, n: files.write_json(path, {"values": list(range(n))}),
+    "figure": lambda path, n: files.write_figure(path, figure(), dpi=50 + n // 100),
+    "history": lambda path, n: files.write_history(path.parent, [{"epoch": i, "loss": i / 7} for i in range(n)]),
+    "state": lambda path, n: files.save_state(path, {"w": torch.arange(n, dtype=torch.float32)}, {"epoch": n}),
 }
 
 
@@ -67,16 +67,16 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, kind, old):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_no_space_left(tmp_path):
     path = tmp_path / "metrics.json"
-    runs.write_json(path, {"r2": 1})
+    files.write_json(path, {"r2": 1})
     (tmp_path / ".metrics.json.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        runs.write_json(path, {"r2": 2})
+        files.write_json(path, {"r2": 2})
     assert os.listdir(tmp_path) == ["metrics.json"] and json.loads(path.read_text()) == {"r2": 1}
 
 
 def test_killed_while_writing(tmp_path):
     path = tmp_path / "state.safetensors"
-    code = ("import sys, torch; from seqjepa_nb.runs import save_state\n"
+    code = ("import sys, torch; from seqjepa_nb.files import save_state\n"
             "for i in range(10**6): save_state(sys.argv[1], {'w': torch.full((200_000,), float(i))}, {'epoch': i}); print(i, flush=True)")
     for wait in (0.0, 0.013, 0.031):
         child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
@@ -85,44 +85,44 @@ def test_killed_while_writing(tmp_path):
         time.sleep(wait)
         child.kill()
         child.communicate()
-        tensors, meta = runs.load_state(path)
+        tensors, meta = files.load_state(path)
         assert meta["epoch"] >= 5 and torch.equal(tensors["w"], torch.full((200_000,), float(meta["epoch"])))
-    runs.save_state(path, {"w": torch.zeros(1)}, {"epoch": 0})
+    files.save_state(path, {"w": torch.zeros(1)}, {"epoch": 0})
     assert os.listdir(tmp_path) == [path.name], "what the kill left behind is gone after the next write"
 
 
 def test_state_round_trip_is_exact(tmp_path):
     tensors = {"f": torch.randn(5, 3).T, "i": torch.arange(4), "b": torch.randn(3).bfloat16(), "n": torch.tensor([float("nan"), float("inf")]), "empty": torch.zeros(0, 2)}
-    runs.save_state(tmp_path / "s", tensors, {"history": [{"loss": 1 / 3}], "wandb_id": None})
-    back, meta = runs.load_state(tmp_path / "s")
+    files.save_state(tmp_path / "s", tensors, {"history": [{"loss": 1 / 3}], "wandb_id": None})
+    back, meta = files.load_state(tmp_path / "s")
     assert meta == {"history": [{"loss": 1 / 3}], "wandb_id": None} and set(back) == set(tensors)
     assert all(back[k].dtype == v.dtype and torch.equal(back[k].nan_to_num(7), v.nan_to_num(7)) for k, v in tensors.items())
 
 
 def test_damaged_state_names_file_and_remedy(tmp_path):
     path = tmp_path / "state.safetensors"
-    runs.save_state(path, {"w": torch.zeros(100)}, {"epoch": 1})
+    files.save_state(path, {"w": torch.zeros(100)}, {"epoch": 1})
     whole = path.read_bytes()
     for damaged in (b"", whole[:7], whole[: len(whole) // 2], whole[:-1], b"<html>" + whole):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"state\.safetensors is damaged.*[Rr]emove it"):
-            runs.load_state(path)
+            files.load_state(path)
     from safetensors.torch import save_file
     save_file({"w": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="damaged"):
-        runs.load_state(path)
+        files.load_state(path)
     with pytest.raises(FileNotFoundError):
-        runs.load_state(tmp_path / "nowhere.safetensors")
+        files.load_state(tmp_path / "nowhere.safetensors")
 
 
 def make_run(root, seed=0, metrics=None, **config):
     config = CONFIG | {"seed": seed} | config
-    folder = root / runs.run_name(config)
-    runs.write_json(folder / "config.json", config)
+    folder = root / settings.run_name(config)
+    files.write_json(folder / "config.json", config)
     if metrics is not None:
-        runs.write_json(folder / "metrics.json", metrics)
-        runs.write_history(folder, [{"epoch": 1, "loss": 0.5}])
-        runs.write_figure(folder / "figures" / "eigs_rot.png", figure())
+        files.write_json(folder / "metrics.json", metrics)
+        files.write_history(folder, [{"epoch": 1, "loss": 0.5}])
+        files.write_figure(folder / "figures" / "eigs_rot.png", figure())
     return folder
 
 
@@ -203,15 +203,15 @@ def no_wandb_settings(monkeypatch):
 
 
 def test_wandb_offline_log_reads_back(tmp_path, no_wandb_settings, capfd):
-    folder = tmp_path / runs.run_name(CONFIG)
-    log = runs.start_wandb(CONFIG, folder)
+    folder = tmp_path / settings.run_name(CONFIG)
+    log = logs.start_wandb(CONFIG, folder)
     for epoch in range(1, 4):
-        runs.log_history(log, {"epoch": epoch, "loss": -1.31 * epoch, "r2": epoch / 7}, epoch)
+        logs.log_history(log, {"epoch": epoch, "loss": -1.31 * epoch, "r2": epoch / 7}, epoch)
         if epoch != 2:
-            runs.log_figures(log, {"rotation_circle": figure(), "eigs_rot": figure()}, epoch)
+            logs.log_figures(log, {"rotation_circle": figure(), "eigs_rot": figure()}, epoch)
     log.finish(exit_code=1)
-    again = runs.start_wandb(CONFIG, folder, run_id=log.id)
-    runs.log_history(again, {"epoch": 4, "loss": -5.5, "r2": 1.0}, 4)
+    again = logs.start_wandb(CONFIG, folder, run_id=log.id)
+    logs.log_history(again, {"epoch": 4, "loss": -5.5, "r2": 1.0}, 4)
     again.finish()
     given_up = time.monotonic() + 30  # W&B's own process writes the file, now and then behind finish()
     while 4 not in history_of(folder)[0] and time.monotonic() < given_up:
@@ -238,21 +238,21 @@ def test_wandb_offline_log_reads_back(tmp_path, no_wandb_settings, capfd):
 
 def test_wandb_modes(tmp_path, no_wandb_settings, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    log = runs.start_wandb(CONFIG, tmp_path / "run")
-    runs.log_history(log, {"loss": 1.0}, 1)
-    runs.log_figures(log, {"eigs_rot": figure()}, 1)
+    log = logs.start_wandb(CONFIG, tmp_path / "run")
+    logs.log_history(log, {"loss": 1.0}, 1)
+    logs.log_figures(log, {"eigs_rot": figure()}, 1)
     log.finish()
     assert not list(tmp_path.rglob("*.wandb"))
     for given, name in (("perhaps", "perhaps"), (None, "dryrun")):
         monkeypatch.setenv("WANDB_MODE", "dryrun")
         with pytest.raises(ValueError, match=f"offline, online, disabled, not '{name}'"):
-            runs.start_wandb(CONFIG, tmp_path / "run", given)
+            logs.start_wandb(CONFIG, tmp_path / "run", given)
 
 
 def test_progress_in_a_kernel_reaches_the_terminal(tmp_path):
     """papermill shows its own bar only; ours must come out of papermill's standard error, and stay out of the notebook."""
     import nbformat
-    code = ("from seqjepa_nb import runs\nbar = runs.progress(3, 'training-of-a-run')\nfor _ in range(3): bar.update()\nbar.close()\n"
+    code = ("from seqjepa_nb import logs\nbar = logs.progress(3, 'training-of-a-run')\nfor _ in range(3): bar.update()\nbar.close()\n"
             "print('said in the notebook')")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(notebook, tmp_path / "in.ipynb")
@@ -267,7 +267,7 @@ def test_progress_in_a_kernel_reaches_the_terminal(tmp_path):
 def test_progress_outlives_its_terminal():
     out, into = os.pipe()
     os.close(out)
-    stream = runs.Terminal(into)
+    stream = logs.Terminal(into)
     assert stream.write("nobody reads") == 12 and not stream.isatty() and stream.columns() == 100
     os.close(into)
 

@@ -26,7 +26,7 @@ def begin(file):
 
 
 def kept(folder):
-    from seqjepa_nb.runs import load_state
+    from seqjepa_nb.files import load_state
     state = next(folder.glob("runs/*/state.safetensors"), None)
     return len(load_state(state)[1]["history"]) if state else 0
 
@@ -130,7 +130,7 @@ def test_dry_run_of_the_reproduction(tmp_path, sweep):
 
 def test_slurm_gets_each_job(tmp_path, calm, monkeypatch):
     """A stand-in for the cluster's commands that runs what it is given: the job is submitted with its limits, its end is seen."""
-    from seqjepa_nb.runs import write_json
+    from seqjepa_nb.files import write_json
     from seqjepa_nb.sweep import read_sweep, run_sweep
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -53,11 +53,11 @@ def test_only_one_downloads(tmp_path, monkeypatch):
 
 def test_a_learned_generator_is_kept(tmp_path, calm):
     """What the run says of its generator is what the file in its folder holds."""
-    from seqjepa_nb import runs, train
+    from seqjepa_nb import files, train
     from seqjepa_nb.config import make_config
     from seqjepa_nb.torus import Generator
     run = train.fit(make_config("rotation", "generator", "quick", device="cpu", overrides=TINY | {"width": 8, "epochs": 1}), tmp_path)
-    tensors, meta = runs.load_state(run.folder / "generator.safetensors")
+    tensors, meta = files.load_state(run.folder / "generator.safetensors")
     kept = Generator(2 * meta["planes"])
     kept.load_state_dict(tensors)
     found = kept.spectrum(torch.ones(1, 2 * meta["planes"]))
@@ -66,7 +66,7 @@ def test_a_learned_generator_is_kept(tmp_path, calm):
 
 def kill_after_epoch(folder, epochs, delay):
     """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written; the seconds that its state counts by then."""
-    from seqjepa_nb.runs import load_state
+    from seqjepa_nb.files import load_state
     process = subprocess.Popen(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     done = 0
     while done < epochs and process.poll() is None:
@@ -140,16 +140,16 @@ def test_a_finished_run_is_not_trained_again(tmp_path, calm):
 
 def test_what_another_process_has_finished_meanwhile_is_not_trained_again(tmp_path, calm, monkeypatch):
     """Two commands at once: the second waits for nothing, but gets the lock only when the first is done."""
-    from seqjepa_nb import runs, train
-    config, only_one = train.make_config("rotation", "random", "quick", device="cpu", overrides={"width": 2}), runs.only_one
+    from seqjepa_nb import files, train
+    config, only_one = train.make_config("rotation", "random", "quick", device="cpu", overrides={"width": 2}), files.only_one
 
     @contextmanager
     def late(root, name):
-        runs.write_json(root / name / "config.json", config.to_dict())
-        runs.write_json(root / name / "metrics.json", {"run": 1})
+        files.write_json(root / name / "config.json", config.to_dict())
+        files.write_json(root / name / "metrics.json", {"run": 1})
         with only_one(root, name):
             yield
-    monkeypatch.setattr(runs, "only_one", late)
+    monkeypatch.setattr(files, "only_one", late)
     monkeypatch.setattr(train, "_fit", None)
     assert train.fit(config, tmp_path).metrics == {"run": 1}
 
@@ -157,16 +157,16 @@ def test_what_another_process_has_finished_meanwhile_is_not_trained_again(tmp_pa
 @pytest.mark.parametrize("name", ["train_epoch", "measured"])
 def test_an_error_closes_the_log(tmp_path, calm, monkeypatch, name):
     """Weights & Biases is told that the run has failed, wherever it did; nothing is said twice, and the run that goes on is one that ended well."""
-    from seqjepa_nb import runs, train
+    from seqjepa_nb import logs, train
     config = train.make_config("rotation", "original", "quick", device="cpu", overrides=TINY | {"n_train": 64, "epochs": 1})
-    start, codes = runs.start_wandb, []
+    start, codes = logs.start_wandb, []
 
     def watched(*arguments):
         log = start(*arguments)
         finish = log.finish
         log.finish = lambda exit_code: codes.append(exit_code) or finish(exit_code=exit_code)
         return log
-    monkeypatch.setattr(runs, "start_wandb", watched)
+    monkeypatch.setattr(logs, "start_wandb", watched)
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(train, name, lambda *a: 1 / 0)
         train.fit(config, tmp_path)
