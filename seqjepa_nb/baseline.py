@@ -21,6 +21,7 @@ from . import files, frozen, logs, measure, runs, settings, subspace, trajectori
 from .affine import MODES, Ranges, ranges, sample_poses, warp
 from .images import load_images, to_float
 from .lie import LieSparseCoder
+from .posterior import as_complex
 
 # %% ../nbs/18_baseline.ipynb #73ef441f
 PRESETS = {
@@ -176,7 +177,7 @@ def own_error(model: LieSparseCoder, z: Tensor, steps, cyclic: bool, held_out: f
     ValueError
         With fewer than two anchors.
     """
-    w = model._complex(z.to(model.planes_))
+    w = as_complex(z.to(model.planes_))
     held = max(1, round(len(w) * held_out))
     if held == len(w):
         raise ValueError("own_error needs two anchors at least: one to infer s from, one to try it on")

@@ -176,12 +176,12 @@ def test_help_explains_every_parameter():
 def test_posteriors_are_held_a_few_images_at_a_time(monkeypatch):
     """However fine the grid, no array of posteriors has more points than the budget, and the numbers are the same."""
     import torch
-    from seqjepa_nb import lie
+    from seqjepa_nb import lie, posterior
     g = torch.Generator().manual_seed(0)
     model = lie.LieSparseCoder(templates=2, torus=2, planes=6, grid=8, device="cpu", dtype="float64").known(torch.linalg.qr(torch.randn(16, 12, generator=g))[0], torch.nn.functional.normalize(torch.randn(16, 2, generator=g), dim=0))
-    images, sizes, whole = torch.rand(40, 16, generator=g), [], lie.Torus.log_density
+    images, sizes, whole = torch.rand(40, 16, generator=g), [], posterior.Torus.log_density
     before = model.transform(images), model.posterior(images), torch.tensor(list(model.evaluate(images).values()))
-    monkeypatch.setattr(lie.Torus, "log_density", lambda self, c: sizes.append(len(c) * self.grid**self.n) or whole(self, c))
+    monkeypatch.setattr(posterior.Torus, "log_density", lambda self, c: sizes.append(len(c) * self.grid**self.n) or whole(self, c))
     for budget, most in ((2_000, 1_984), (20, 256)):  # the second holds not even one image: then one at a time
         monkeypatch.setattr(lie, "BUDGET", budget)
         after = model.transform(images), model.posterior(images), torch.tensor(list(model.evaluate(images).values()))
