@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'seqjepa_nb.lie._under': ('lie.html#_under', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.first_planes': ('lie.html#first_planes', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.first_templates': ('lie.html#first_templates', 'seqjepa_nb/lie.py'),
+                                'seqjepa_nb.lie.known_dtype': ('lie.html#known_dtype', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.nearest': ('lie.html#nearest', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.pixel_rows': ('lie.html#pixel_rows', 'seqjepa_nb/lie.py'),
                                 'seqjepa_nb.lie.real_numbers': ('lie.html#real_numbers', 'seqjepa_nb/lie.py'),
