@@ -161,8 +161,8 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
         raise ValueError(f"encoder {config.encoder!r} is fitted and not trained: it needs epochs 0 and group 'none', not {config.epochs} and {config.group!r} (variant {variant!r})")
     if config.encoder == "pixels" and 8 * config.width > 3 * 28 * 28:
         raise ValueError(f"width {config.width}: encoder 'pixels' has {3 * 28 * 28} components at most, so width is at most {3 * 28 * 28 // 8}")
-    if config.encoder == "matching" and (mode != "rotation" or 8 * config.width - 2 > config.n_train):
-        raise ValueError(f"encoder 'matching' (variant {variant!r}) turns 8 * width - 2 = {8 * config.width - 2} training images: it needs mode 'rotation' and as many of them, not {mode!r} and n_train {config.n_train}")
+    if config.encoder == "matching" and 8 * config.width > config.n_train:
+        raise ValueError(f"encoder 'matching' (variant {variant!r}) takes its templates from 8 * width = {8 * config.width} training images: n_train {config.n_train} is too few")
     if config.group in ("generator", "inferred") and config.views < 4:
         raise ValueError(f"group {config.group!r} (variant {variant!r}) needs views of at least 4, not {config.views}: it looks at several turns of a sequence")
     if config.encoder == "vit" and 8 * config.width % (heads := max(1, config.width // 8)):

@@ -133,7 +133,7 @@ def _block_numbers(config, model, images, limits):
 @torch.no_grad()
 def own_action(config: Config, learner: Learner):
     """How the model's own action moves z: a function of z (m, d) and actions (m, 5), for `measure.controlled`; None if it has no such action."""
-    n, device = 2 if config.encoder == "matching" else learner.model.pose_dim, config.device
+    n, device = learner.model.pose_dim, config.device
     if config.group == "known" or config.encoder == "matching":
         move = lambda pose, action: act(pose, action, MODES[config.mode], config.slow, config.scale_gain)
     elif config.group == "generator":

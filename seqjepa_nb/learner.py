@@ -45,7 +45,7 @@ class Learner(nn.Module):
         super().__init__()
         self.told = config.group != "inferred"  # else no gradient of what reads actions reaches the pose codes
         self.model = SeqJEPA(config.width, config.target, config.decay, encoder=config.encoder,
-                             factors=MODES[config.mode] if config.group != "none" else (), planes=config.planes, content_norm=config.content_norm, slow=config.slow, aggregator=config.aggregator, predictor=config.predictor, dropout=config.dropout)
+                             factors=MODES[config.mode] if config.group != "none" or config.encoder == "matching" else (), planes=config.planes, content_norm=config.content_norm, slow=config.slow, aggregator=config.aggregator, predictor=config.predictor, dropout=config.dropout)
         if config.rate_on == "projector":
             d = self.model.agg_dim
             self.projector = nn.Sequential(nn.Linear(d, 2 * d, bias=False), nn.BatchNorm1d(2 * d), nn.ReLU(inplace=True), nn.Linear(2 * d, 128))

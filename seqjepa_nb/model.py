@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'AGGREGATORS', 'PREDICTORS', 'ResNetEncoder', 'LiftedEncoder', 'ViTEncoder', 'CRATEEncoder',
-           'PixelEncoder', 'MatchingEncoder', 'Aggregator', 'Predictor', 'CRATEPredictor', 'Output', 'SeqJEPA']
+           'PixelEncoder', 'Aggregator', 'Predictor', 'CRATEPredictor', 'Output', 'SeqJEPA']
 
 # %% ../nbs/03_model.ipynb #e20bc3bd
 import copy
@@ -23,6 +23,7 @@ from torchvision.models.resnet import BasicBlock
 from .affine import warp
 from .crate import CRATEBlock
 from .files import replacing, write_json
+from .matching import MatchingEncoder
 from .torus import GroupHead, LiftedHead, pose_dims
 
 # %% ../nbs/03_model.ipynb #27a55f86
@@ -122,45 +123,6 @@ class PixelEncoder(nn.Module):
         return self.linear(self._rows(x))
 
 # %% ../nbs/03_model.ipynb #23bcc1f5
-class MatchingEncoder(nn.Module):
-    """The turn of the best of 8 * width - 2 templates, as cosine and sine, and the best correlation with each of them over 64 turns: (n, 3, h, w) -> (n, 8 * width). Images are averaged over channels and brought to 28x28; `fit` before use."""
-    turns = 64
-
-    def __init__(self, width: int = 64):
-        super().__init__()
-        self.register_buffer("templates", torch.zeros(8 * width - 2, 1, 28, 28))
-        self.register_buffer("turned", torch.zeros(len(self.templates) * self.turns, 28 * 28), persistent=False)
-        self.register_load_state_dict_post_hook(lambda loaded, _: loaded._turn())
-
-    @staticmethod
-    def _see(x):
-        return F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 28)
-
-    @staticmethod
-    def _unit(x):
-        return F.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1)
-
-    @torch.no_grad()
-    def fit(self, x: Tensor):
-        """Take the first of upright images (n, 3, h, w) as templates; ValueError if they are too few."""
-        if len(x) < len(self.templates):
-            raise ValueError(f"{len(x)} images are too few for the {len(self.templates)} templates of matching at this width")
-        self.templates.copy_(self._see(x[:len(self.templates)]))
-        self._turn()
-
-    def _turn(self):
-        poses = self.templates.new_zeros(len(self.templates), self.turns, 4)
-        poses[..., 0] = torch.arange(self.turns).to(poses) * (2 * math.pi / self.turns)
-        dark = self.templates.amin((1, 2, 3), keepdim=True)  # so that what a turn brings in is as dark as the darkest point
-        self.turned.copy_(self._unit(warp(self.templates - dark, poses).flatten(0, 1)))  # (k, turns, 1, 28, 28) -> (k * turns, 28 * 28)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        best, at = (self._unit(self._see(x)) @ self.turned.T).unflatten(1, (-1, self.turns)).max(2)  # (n, k), which turn
-        angle = at.gather(1, best.argmax(1, keepdim=True)) * (2 * math.pi / self.turns)  # (n, 1)
-        return torch.cat([angle.cos(), angle.sin(), best], 1)
-
-
 ENCODERS = {"resnet": ResNetEncoder, "lifted": LiftedEncoder, "vit": ViTEncoder, "crate": CRATEEncoder, "pixels": PixelEncoder, "matching": MatchingEncoder}
 """Encoders by name; each maps (n, 3, h, w) to (n, 8 * width)."""
 
@@ -228,7 +190,7 @@ class SeqJEPA(nn.Module):
     encoder : str
         One of `ENCODERS`.
     factors : sequence of str
-        If given, z gets pose coordinates for these factors beside its content; see `torus.GroupHead`.
+        If given, z gets pose coordinates for these factors beside its content; see `torus.GroupHead`. Matching looks for these.
     planes : int
         Planes that rotation gets then.
     content_norm, slow : float
@@ -256,7 +218,9 @@ class SeqJEPA(nn.Module):
         here = locals()
         self.config = {k: here[k] for k in inspect.signature(SeqJEPA).parameters} | {"factors": list(factors)}
         self.dim, self.agg_dim, self.pose_dim, self.decay = 8 * width, 8 * width + action_embed, pose_dims(factors, planes, slow), decay
-        if not factors:
+        if encoder == "matching":
+            self.encoder = MatchingEncoder(width, factors)
+        elif not factors:
             self.encoder = ENCODERS[encoder](width)
         elif encoder == "lifted" and list(factors) == ["rotation"] and planes == 1:
             self.encoder = nn.Sequential(LiftedEncoder(width, self.dim), LiftedHead(self.dim, self.dim, content_norm))

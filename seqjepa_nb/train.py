@@ -203,8 +203,8 @@ def prepare(config: Config, images=None) -> tuple:
         poses = sample_poses(len(images.train), 2, limits, torch.Generator().manual_seed(config.seed)).to(config.device)
         learner.model.encoder.fit(make_views(images, torch.arange(len(images.train), device=config.device), poses, limits)[:, 1])
     if config.encoder == "matching":
-        upright = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(config.seed))[:8 * config.width - 2].to(config.device)
-        learner.model.encoder.fit(make_views(images, upright, torch.zeros(len(upright), 1, 4, device=config.device), limits)[:, 0])
+        upright = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(config.seed))[:8 * config.width].to(config.device)
+        learner.model.encoder.fit(make_views(images, upright, torch.zeros(len(upright), 1, 4, device=config.device), limits)[:, 0], limits)
     probes = OnlineProbes(learner.model.dim, learner.model.agg_dim, len(images.classes)).to(config.device)
     trained = [p for p in learner.parameters() if p.requires_grad]
     on_gpu = torch.device(config.device).type == "cuda"
