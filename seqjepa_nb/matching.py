@@ -85,15 +85,15 @@ class MatchingEncoder(nn.Module):
         """Poses (n, 4) and best correlations (n, k) of images (n, 1, 28, 28)."""
         small = F.avg_pool2d(x, self.coarse)[:, 0]  # (n, m, m)
         found = self._shifted(self._unit(small.flatten(1)).view_as(small), 1) @ self.bank.T  # (o, n, k * g)
-        found = (found / self.lengths[:, None]).transpose(0, 1).unflatten(2, (len(self.templates), -1))  # (n, o, k, g)
-        at = found.flatten(1).argmax(1)
-        o, k, g = at // found[0, 0].numel(), at // found.shape[3] % found.shape[2], at % found.shape[3]
+        best = found.div_(self.lengths[:, None]).amax(0)  # (n, k * g)
+        at = best.argmax(1)
+        o, k, g = found[:, torch.arange(len(x)), at].argmax(0), at // len(self.grid), at % len(self.grid)
         pose, near, whole = self.grid[g] + F.pad(self.coarse * self.shifts[o], (1, 1)), self.near, self._unit(x.flatten(1))
         for _ in range(self.rounds):
             tried = pose[:, None] + near  # (n, up to 81, 4)
             fit = (self._unit(warp(self.templates[k], tried, self.padding).flatten(2)) @ whole[:, :, None])[..., 0]
             pose, near = tried.take_along_dim(fit.argmax(1)[:, None, None], 1)[:, 0], near / 2
-        return pose, found.amax((1, 3))
+        return pose, best.unflatten(1, (len(self.templates), -1)).amax(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
