@@ -509,7 +509,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'seqjepa_nb.trajectories.translation_lines': ( 'trajectories.html#translation_lines',
                                                                                         'seqjepa_nb/trajectories.py')},
             'seqjepa_nb.viz': { 'seqjepa_nb.viz._spectrum': ('viz.html#_spectrum', 'seqjepa_nb/viz.py'),
-                                'seqjepa_nb.viz.comparison_bars': ('viz.html#comparison_bars', 'seqjepa_nb/viz.py'),
                                 'seqjepa_nb.viz.eigs_rot': ('viz.html#eigs_rot', 'seqjepa_nb/viz.py'),
                                 'seqjepa_nb.viz.head_heatmap': ('viz.html#head_heatmap', 'seqjepa_nb/viz.py'),
                                 'seqjepa_nb.viz.history_curves': ('viz.html#history_curves', 'seqjepa_nb/viz.py'),

@@ -128,15 +128,37 @@ class Arms:
         size = max(tables.SIZES, key=lambda s: sum(r.config["seed"] > 0 for r in at(s)))
         return size, tables.between_seeds(at(size), read)
 
-    def more(self, title: str, a: float, b: float, mode: str = "rotation") -> bool:
-        """Whether a number is larger in `a` than in `b` by more than two seeds of one arm differ; without arms of several seeds, nothing is."""
-        if mode not in self._chance:
-            self._chance[mode] = self.by_chance(mode)[1]["least"].dropna()
-        return a > b + self._chance[mode].get(title, float("inf"))
+    def more(self, title: str, a, b, mode: str = "rotation", read=numbers) -> bool:
+        """Whether a number is larger in one arm than in another by more than two seeds of one arm differ.
 
-    def apart(self, title: str, a: float, b: float, mode: str = "rotation") -> bool:
+        Parameters
+        ----------
+        title : str
+            The number, one of those that `read` says of a run.
+        a, b : sequence of float, or float
+            Its values, one a seed, of which the means are compared; an arm that differs more between its own seeds than the pool does is judged by its own deviation. Of a mean alone that is not known.
+        mode : str
+            'rotation' or 'multi'.
+        read : callable
+            As in `by_chance`.
+
+        Returns
+        -------
+        bool
+            False, too, where no arm has several seeds, or a number was not measured.
+        """
+        if (mode, read) not in self._chance:
+            self._chance[mode, read] = self.by_chance(mode, read)[1].dropna()
+        chance, a, b = self._chance[mode, read], pd.Series(a, dtype=float), pd.Series(b, dtype=float)
+        if title not in chance.index:
+            return False
+        pooled, least = chance.loc[title, ["sd", "least"]]
+        wider = pd.Series([pooled, a.std(), b.std()]).max() / pooled if pooled > 0 else 1.0
+        return bool(a.mean() - b.mean() > least * wider)
+
+    def apart(self, title: str, a, b, mode: str = "rotation", read=numbers) -> bool:
         """The same for a difference of either sign."""
-        return self.more(title, a, b, mode) or self.more(title, b, a, mode)
+        return self.more(title, a, b, mode, read) or self.more(title, b, a, mode, read)
 
     def also_changed(self, variant: str, base: str = "original", mode: str = "rotation") -> str:
         """The settings besides the group in which a variant differs from another, at the largest preset of both, in words."""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'TOP', 'CAPTIONS', 'eigs_rot', 'rank_monitor', 'overlap_heatmap', 'head_heatmap', 'view_strip', 'image_rows',
-           'torus_posterior', 'inferred_codes', 'history_curves', 'comparison_bars']
+           'torus_posterior', 'inferred_codes', 'history_curves']
 
 # %% ../nbs/06_viz.ipynb #9471564a
 import inspect
@@ -303,46 +303,8 @@ def history_curves(history) -> Figure:
         ax.axis("off")
     return fig
 
-# %% ../nbs/06_viz.ipynb #f0339050
-def comparison_bars(table, columns) -> Figure:
-    """Runs beside each other, a panel a number.
-
-    Bars of one panel share an axis, so lengths compare; a run without a bar was not measured there.
-
-    Parameters
-    ----------
-    table : DataFrame
-        A row a run, as from `tables.table`; at most 16.
-    columns : list or dict
-        The columns to draw; a dictionary gives their titles.
-    """
-    titles = columns if isinstance(columns, dict) else {c: c for c in columns}
-    if not 0 < len(table) <= 16 or not 0 < len(titles) <= 4:
-        raise ValueError(f"1 to 16 runs and 1 to 4 columns can be drawn, not {len(table)} and {len(titles)}")
-    if missing := [c for c in titles if c not in table]:
-        raise ValueError(f"table has no column {', '.join(missing)}")
-    numbers = table[list(titles)].astype(float).to_numpy()
-    rows = np.arange(len(table))
-    fig = _picture(8, 1.0 + 0.32 * len(table))
-    for i, (ax, title) in enumerate(zip(fig.subplots(1, len(titles), sharey=True, squeeze=False)[0], titles.values())):
-        values = numbers[:, i]
-        ax.barh(rows, np.nan_to_num(values), color=PALETTE[i], height=0.62)
-        for row, value in enumerate(values):
-            known = math.isfinite(value)
-            ax.text(max(value, 0) if known else 0, row, f" {value:.2f}" if known else " not measured", va="center", fontsize=8, color="black" if known else "#6b6b6b")
-        _axes(ax, title)
-        least, most = min(0, np.nanmin(values, initial=0)), max(0, np.nanmax(values, initial=0))
-        if least == 0 and 0.5 < most <= 1:
-            ax.set(xlim=(0, 1.3), xticks=[0, 0.5, 1])
-        else:
-            ax.set_xlim(least, least + 1.3 * ((most - least) or 1))
-        ax.set_yticks(rows, table.index, fontsize=8)
-        ax.axvline(0, color="black", lw=0.8)
-    ax.invert_yaxis()
-    return fig
-
 # %% ../nbs/06_viz.ipynb #0d7f2b78
 #: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
             (trajectories.sweep_traj_rot, trajectories.rotation_circle, trajectories.class_circles, trajectories.combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, head_heatmap,
-             trajectories.translation_lines, view_strip, image_rows, torus_posterior, inferred_codes, history_curves, comparison_bars)}
+             trajectories.translation_lines, view_strip, image_rows, torus_posterior, inferred_codes, history_curves)}
