@@ -36,9 +36,14 @@ def _factor(name):
     return SHOWN[name]
 
 
+def _closed(angles):
+    """Whether angles go all round, but for the last step."""
+    return np.ptp(angles) > 1.9 * math.pi
+
+
 def _colours(factor, values):
-    """RGBA (n, 4) of a factor's values."""
-    return angle_colour(values) if factor == "rotation" else VALUES(Normalize()(values))
+    """RGBA (n, 4) of a factor's values: angles if they go all round, else from the least to the largest."""
+    return angle_colour(values) if factor == "rotation" and _closed(values) else VALUES(Normalize()(values))
 
 # %% ../nbs/06_canvas.ipynb #81b36e73
 def small_png(png: bytes) -> bytes:
@@ -89,12 +94,14 @@ def _axes(ax, title, x="", y="", square=False):
         ax.set_aspect("equal", adjustable="datalim")
 
 
-def _key(ax):
-    """A ring that shows which colour is which angle."""
-    turn = np.linspace(0, 2 * math.pi, 180)
-    ax.scatter(np.cos(turn), np.sin(turn), c=angle_colour(turn), s=30)
-    for angle in (0, 90, 180, 270):
+def _key(ax, angles=(0, 2 * math.pi)):
+    """A ring, or the arc that these angles span, that shows which colour is which angle."""
+    closed, ends = _closed(angles), (np.min(angles), np.max(angles))
+    turn = np.linspace(0, 2 * math.pi, 180) if closed else np.linspace(*ends, 180)
+    ax.scatter(np.cos(turn), np.sin(turn), c=_colours("rotation", turn), s=30)
+    for angle in (0, 90, 180, 270) if closed else np.round(np.degrees([*ends, sum(ends) / 2])).astype(int) + 0:
         ax.text(0.58 * math.cos(math.radians(angle)), 0.58 * math.sin(math.radians(angle)), f"{angle}°", ha="center", va="center", fontsize=8)
-    ax.set(aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
+    (x, y), reach = ((0, 0), 1.25) if closed else (0.6 * np.array([math.cos(sum(ends) / 2), math.sin(sum(ends) / 2)]), 0.8)
+    ax.set(aspect="equal", xlim=(x - reach, x + reach), ylim=(y - reach, y + reach))
     ax.set_title("rotation", fontsize=9)
     ax.axis("off")

@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from .canvas import FAINT, PALETTE, _array, _axes, _colours, _factor, _key, _picture, angle_colour
+from .canvas import FAINT, PALETTE, _array, _axes, _closed, _colours, _factor, _key, _picture
 
 # %% ../nbs/06_trajectories.ipynb #697a015e
 def _plane(points):
@@ -38,11 +38,6 @@ def _fit(points, code):
     u, _, vt = np.linalg.svd(np.swapaxes(points, -1, -2) @ code, full_matrices=False)
     scale = np.sqrt((points**2).sum((-2, -1)) / max((code**2).sum(), np.finfo(float).tiny))
     return u @ vt, scale[..., None, None]
-
-
-def _closed(angles):
-    """Whether angles go all round, but for the last step."""
-    return np.ptp(angles) > 1.9 * math.pi
 
 
 def _ideal(factor, values):
@@ -79,11 +74,11 @@ def rotation_circle(deltas, angles) -> Figure:
     ax, key = fig.subplots(1, 2, width_ratios=[4, 1])
     ax.plot(*ideal.T, color=FAINT, lw=6, zorder=0, label="ideal")
     some = _thin(len(points))
-    ax.scatter(*points[some].T, c=angle_colour(angles[some]), s=9, lw=0)
+    ax.scatter(*points[some].T, c=_colours("rotation", angles)[some], s=9, lw=0)
     _axes(ax, f"Changes Δz in their best plane: {shares.sum():.0%} of their variance",
           f"direction 1 ({shares[0]:.0%})", f"direction 2 ({shares[1]:.0%})", square=True)
     ax.legend(frameon=False, fontsize=8, loc="upper right")
-    _key(key)
+    _key(key, angles)
     return fig
 
 # %% ../nbs/06_trajectories.ipynb #3f9bf2cb
@@ -102,7 +97,7 @@ MOST = 8
 def sweep_traj_rot(z, angles) -> Figure:
     """Paths of z while each of a few images is turned, in their common plane and each in its own.
 
-    Left, in the plane that all share; its percentage is of all of z's variance, not of the change. Right, each in its own, phases matched: clean codes lie on the faint circle, colours in order; a grey line across it is a jump, and the share says little.
+    Left, where z varies most, which may be by which digit it is: a share of that variance is none of the movement. Right, each image in its own plane, phases matched: clean codes lie on the faint circle, colours in order; a grey line across it is a jump.
 
     Parameters
     ----------
@@ -114,6 +109,9 @@ def sweep_traj_rot(z, angles) -> Figure:
     z = _array(z, "z", "a", "n", "d")[:MOST]
     angles = _array(angles, "angles", z.shape[1])
     common, shares = _plane(z.reshape(-1, z.shape[-1]))
+    common = common.reshape(*z.shape[:2], 2)
+    spread = lambda x: (x - x.mean(1, keepdims=True)).var()  # of each image's path around its own middle
+    moved = 2 * spread(common) / max(z.shape[-1] * spread(z), np.finfo(float).tiny)
     own, own_shares = _plane(z)  # (a, n, 2)
     code = _code("rotation", angles)
     middle = code.mean(0)
@@ -122,13 +120,13 @@ def sweep_traj_rot(z, angles) -> Figure:
     ideal = _ideal("rotation", angles)
     fig = _picture(8, 3.8)
     left, right, key = fig.subplots(1, 3, width_ratios=[4, 4, 1.1])
-    _sweeps(common.reshape(*z.shape[:2], 2), angles, "rotation", left)
-    _axes(left, f"One plane for all {len(z)} images:\n{shares.sum():.0%} of the variance", f"direction 1 ({shares[0]:.0%})", f"direction 2 ({shares[1]:.0%})", square=True)
+    _sweeps(common, angles, "rotation", left)
+    _axes(left, f"Where z of {len(z)} images varies most:\nholds {moved:.0%} of the movement", f"direction 1 ({shares[0]:.0%} of z)", f"direction 2 ({shares[1]:.0%} of z)", square=True)
     right.plot(*ideal.T, color=FAINT, lw=6, zorder=0, label="ideal")
     _sweeps(own, angles, "rotation", right)
-    _axes(right, f"Own planes, phases matched:\n{own_shares.sum(-1).mean():.0%} of the variance", "cosine of the angle", "sine of the angle", square=True)
+    _axes(right, f"Each in its own plane, phases matched:\nholds {own_shares.sum(-1).mean():.0%} of the movement", "cosine of the angle", "sine of the angle", square=True)
     right.legend(frameon=False, fontsize=8, loc="upper right")
-    _key(key)
+    _key(key, angles)
     return fig
 
 # %% ../nbs/06_trajectories.ipynb #702650b4
@@ -170,7 +168,7 @@ def class_circles(z, labels, angles, names) -> Figure:
         ax.set(aspect="equal", xticks=[], yticks=[])
     for ax in axes[len(present):]:
         ax.axis("off")
-    _key(key.subplots())
+    _key(key.subplots(), angles)
     return fig
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from . import trajectories
-from .canvas import FAINT, PALETTE, SHOWN, _array, _axes, _picture
+from .canvas import FAINT, PALETTE, SHOWN, _array, _axes, _closed, _picture
 
 # %% ../nbs/06_viz.ipynb #c6b2a808
 def eigs_rot(shares, k: int = 2) -> Figure:
@@ -232,7 +232,7 @@ def torus_posterior(p) -> Figure:
 def inferred_codes(values, angles, alpha, factor) -> Figure:
     """What is inferred while a few images are moved: each angle of the torus by image, and the templates' coefficients of the first image.
 
-    An angle that follows the movement is a straight line, wrapped round; one that jumps or stays does not tell it. A row of coefficients that changes along the movement has the movement in it.
+    An angle that follows the movement is a straight line, wrapped round, up or down (which, and where it begins, is arbitrary); one that jumps or stays does not tell it. A row of coefficients that changes along the movement has the movement in it.
 
     Parameters
     ----------
@@ -254,10 +254,13 @@ def inferred_codes(values, angles, alpha, factor) -> Figure:
     for k, ax in enumerate(panels):
         for one, colour in zip(angles[:5, :, k], PALETTE):
             ax.scatter(at, np.degrees(one % (2 * math.pi)), color=colour, s=6, lw=0)
-        _axes(ax, f"s{k + 1 if t > 1 else ''}, {len(angles[:5])} images", name, "degrees")
+        _axes(ax, f"angle inferred by the model,\n{len(angles[:5])} images", name, f"s{k + 1 if t > 1 else ''} (degrees)")
         ax.set(ylim=(-5, 365), yticks=(0, 90, 180, 270, 360))
     heat.imshow(alpha[0].T / max(alpha[0].max(), np.finfo(float).tiny), cmap="Greys", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=(at[0], at[-1], alpha.shape[2] - 0.5, -0.5))
-    _axes(heat, "alpha of one image", name, "template")
+    _axes(heat, "templates in use, one image", name, "template")
+    if factor == "rotation" and _closed(values):
+        for ax in (*panels, heat):
+            ax.set(xlim=(0, 360) if at.min() >= 0 else (-180, 180), xticks=range(0, 361, 90) if at.min() >= 0 else range(-180, 181, 90))
     return fig
 
 
