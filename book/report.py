@@ -29,11 +29,13 @@ def build_site():
     command = [BIN / "jupyter-book", "build", "book", "-W", "-n", "--keep-going", "--all"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # a page's small computations are fastest so
     process = subprocess.Popen(command, cwd=ROOT, env=one_thread, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    log = []
+    log, written = [], 0
     for line in process.stdout:
         log.append(line)
         if done := re.search(r"([^/]+)\.ipynb: Executed notebook in ([\d.]+) seconds, (\d+) of (\d+)", line):
-            print(f"{done[1]:<18} {float(done[2]):5.0f} s   {done[3]} of {done[4]}" + (", then the pages are written" if done[3] == done[4] else ""), flush=True)
+            print(f"{done[1]:<18} {float(done[2]):5.0f} s   {done[3]} of {done[4]}" + (", then the pages are written, in some minutes" if done[3] == done[4] else ""), flush=True)
+        elif (done := re.search(r"writing output.*?\[ *(\d+)%\]", line)) and int(done[1]) >= written + 20:
+            print(f"{(written := int(done[1]))} % of the pages are written", flush=True)
     if process.wait():
         print("".join(log))
     return process.returncode

@@ -443,7 +443,7 @@ def main(arguments=None) -> int:
                 print(f"{row['run']}: {row['state']}, {row['epochs']} epochs kept, {write_minutes(row['left'])} left (from {row['source']})\n    {row['command']}")
         if dry and sweep.executor == "slurm":
             print(f"Slurm: {sweep.minutes} minutes and {sweep.threads} threads a job" + "".join(f", {k}={v}" for k, v in sweep.slurm.items()))
-        print(total(rows, sweep.at_once) + f" (from {', '.join(sorted({'finished runs' if 'finished run' in r['source'] else r['source'] for r in rows}))})", flush=True)
+        print(total(rows, sweep.at_once) + f" (from {', '.join(sorted({'finished or published runs' if 'finished run' in r['source'] else r['source'] for r in rows}))})", flush=True)
         if dry:
             return 0
         signal.signal(signal.SIGTERM, signal.default_int_handler)
