@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'KINDS', 'AHEAD', 'ON_ALL', 'in_chunks', 'show_views', 'probe_data',
-           'controlled', 'ahead_errors', 'columns', 'whole', 'inside', 'outside', 'Goal', 'goals', 'reached',
-           'by_construction', 'one_measure', 'unimposed']
+           'controlled', 'views_encoded', 'estimate_minutes', 'ahead_errors', 'columns', 'whole', 'inside', 'outside',
+           'Goal', 'goals', 'reached', 'by_construction', 'one_measure', 'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -143,6 +144,23 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
 
 
 KINDS = {"": "ridge", "_mlp": "mlp"}
+
+# %% ../nbs/12_measure.ipynb #a492225a
+def views_encoded(images: ImageSet, mode: str, limits: Ranges, aggregate: bool = True) -> int:
+    """How many views `controlled` has encoded when it is done, but for the two that it tries first."""
+    probed = (4 if aggregate else 2) * (min(len(images.train), PROBE_IMAGES) + len(images.test))
+    return probed + min(len(images.test), ANCHORS) * (1 + sum(len(subspace.sweep_values(f, limits)) for f in MODES[mode]))
+
+
+@torch.no_grad()
+def estimate_minutes(encode, images: ImageSet, mode: str, limits: Ranges) -> float:
+    """Minutes that the encoder will work in `controlled`, from the second of two calls on some test images."""
+    few = to_float(images.test[:CHUNK // 4])
+    for _ in range(2):
+        start = time.perf_counter()
+        encode(few).cpu()
+        took = time.perf_counter() - start
+    return took / len(few) * views_encoded(images, mode, limits) / 60
 
 # %% ../nbs/12_measure.ipynb #40c59434
 AHEAD = 5

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from . import files, logs, processes, runs, settings
+from . import files, logs, measure, processes, runs, settings
 from .affine import ranges, relative_action, sample_poses
 from .beside import bring_up
 from .config import Config, make_config
@@ -326,7 +326,8 @@ def _fit(config, folder, wandb_mode, images):
             processes.wait()
             return runs.read_run(folder)
 
-        say("measuring" + ("" if config.epochs else " (no training)"))
+        minutes = measure.estimate_minutes(frozen.encode, images, config.mode, limits)
+        say("measuring" + ("" if config.epochs else " (no training)") + (f", of which the encoder takes about {minutes:.0f} minutes" if minutes >= 1.5 else ""))
         if not left:
             numbers, arrays = published(config, frozen, probes, images, limits)
         found, blocks, figures = measured(config, learner, frozen, images, limits, arrays)
