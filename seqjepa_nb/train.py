@@ -346,7 +346,7 @@ def _fit(config, folder, wandb_mode, images):
         laps("saving")
         run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
         environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
-                                       config.epochs * steps * config.batch * config.views, code) | {"images": mark, "image_shape": list(images.train.shape[1:])}
+                                       config.epochs * steps * config.batch * config.views, code) | {"images": mark, "image_shape": list(images.train.shape[1:]), "classes": len(images.classes)}
         last = {"loss": history[-1]["loss"]} if history else {}
         files.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
         log.summary.update({"published": numbers, "controlled": found})
