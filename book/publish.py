@@ -56,8 +56,9 @@ def heading(name, config, notebook):
 
 def list_chapter(name, page):
     """Add the chapter to both tables of contents, unless it is there; published runs stand in the order of their names."""
-    for file, entry, ahead in ((ROOT / "book" / "_toc.yml", f"      - file: runs/{name}/{page.stem}\n", "  - caption: Published runs\n    chapters:\n"),
-                               (ROOT / "_quarto.yml", f"          - book/runs/{name}/{page.name}\n", "      - section: Published runs\n        contents:\n")):
+    for file, entry, ahead in (
+            (ROOT / "book" / "_toc.yml", f"          - file: runs/{name}/{page.stem}\n", "      - file: nbs/39_runs\n        sections:\n"),
+            (ROOT / "_quarto.yml", f"              - book/runs/{name}/{page.name}\n", "            href: nbs/39_runs.ipynb\n            contents:\n")):
         text = file.read_text()
         known = re.findall(r" +- (?:file: |book/)runs/.*\n", text)
         head, tail = text.replace("".join(known), "").split(ahead)

@@ -23,7 +23,8 @@ def book_chapters():
     """[(part or None, [files])] of book/_toc.yml, paths from the repository's root and without suffix."""
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
     place = lambda file: file if file.startswith("nbs/") else f"book/{file}"
-    return [(None, [place(toc["root"])])] + [(p["caption"], [place(c["file"]) for c in p["chapters"]]) for p in toc["parts"]]
+    files = lambda chapters: [place(f) for c in chapters for f in (c["file"], *(s["file"] for s in c.get("sections", ())))]
+    return [(None, [place(toc["root"])])] + [(p["caption"], files(p["chapters"])) for p in toc["parts"]]
 
 
 def quarto_chapters():
@@ -31,7 +32,7 @@ def quarto_chapters():
     found = []
     for item in yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]:
         part, files = (None, [item]) if isinstance(item, str) else (item["section"], item["contents"])
-        files = [f if isinstance(f, str) else f["href"] for f in files]
+        files = [f for c in files for f in ([c] if isinstance(c, str) else [c["href"], *c["contents"]])]
         assert all((ROOT / f).is_file() for f in files), f"_quarto.yml names a file that is not there: {files}"
         found.append((part, [f.rsplit(".", 1)[0] for f in files]))
     return found
