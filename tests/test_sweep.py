@@ -128,6 +128,14 @@ def test_dry_run_of_the_reproduction(tmp_path, sweep):
     assert code == 0 and said.count("papermill nbs/20_train.ipynb") == 6 and "Slurm: 1440 minutes" in said and not list(tmp_path.iterdir()), said
 
 
+def test_every_published_run_is_in_a_sweep():
+    """So the sweeps, all of them, make the report's runs again."""
+    from seqjepa_nb.sweep import read_sweep
+    made = {job.folder.name for path in (ROOT / "sweeps").glob("*.yml") for job in read_sweep(path, executor="slurm").jobs}
+    published = {path.parent.name for path in ROOT.glob("book/runs/*/config.json")}
+    assert len(published) > 100 and not published - made, sorted(published - made)
+
+
 def test_slurm_gets_each_job(tmp_path, calm, monkeypatch):
     """A stand-in for the cluster's commands that runs what it is given: the job is submitted with its limits, its end is seen."""
     from seqjepa_nb.files import write_json
