@@ -1,7 +1,10 @@
-"""`make gpu`: everything that needs a GPU. Measures the training loop, then trains `sweeps/gpu.yml`; what is there already is not done again.
+"""`make gpu`: everything that needs a GPU. Measures the training loop, then trains `sweeps/gpu.yml`; what is
+there already is not done again.
 
-Measurements go to `book/runs/gpu/speed.json`, each as soon as it is made; the runs, whose files say where their seconds went, to `runs/`, to be published with book/publish.py.
-The budget is in seconds, for measurements and runs together. Without a GPU, `--device cpu --tiny` goes the same way at a size that means nothing.
+Measurements go to `book/runs/gpu/speed.json`, each as soon as it is made; the runs, whose files say where their seconds went, to
+`runs/`, to be published with book/publish.py.
+The budget is in seconds, for measurements and runs together. Without a GPU, `--device cpu --tiny` goes the same
+way at a size that means nothing.
 """
 import argparse
 import json
@@ -20,7 +23,8 @@ from seqjepa_nb.config import make_config
 from seqjepa_nb.learner import draw_poses, epoch_generator
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"matrix rate": 10, "compile": 100, "steps": 40, "waits": 10, "recording": 40, "layout": 30, "search": 20, "precision": 60, "profile": 20}
+SECONDS = {"matrix rate": 10, "compile": 100, "steps": 40, "waits": 10, "recording": 40, "layout": 30, "search": 20,
+           "precision": 60, "profile": 20}
 """What each measurement is thought to take; a guess until a GPU has answered."""
 TINY = {"width": 16, "n_train": 64, "n_test": 64, "batch": 16}  # not narrower: see train.memory_layout
 
@@ -51,7 +55,8 @@ class Bench:
         return time.perf_counter() - start
 
     def views_per_s(self, config, change=lambda step: None):
-        """Views trained on in a second, the best of two epochs, after one that warms up; how long that took, and the step. `change` alters the step first."""
+        """Views trained on in a second, the best of two epochs, after one that warms up; how long that took, and the step.
+        `change` alters the step first."""
         step = train.Step(config, *train.prepare(config))
         change(step)
         warm = self.epoch(config, step, 0)
@@ -80,7 +85,8 @@ class Bench:
         return {"bfloat16": self.product(torch.bfloat16), "float32": self.product(torch.float32)}
 
     def steps_(self):
-        """Of the loop as a whole run has it: views a second, share of the matrix rate measured in this call, peak memory, whether the encoder is compiled."""
+        """Of the loop as a whole run has it: views a second, share of the matrix rate measured in this call, peak memory,
+        whether the encoder is compiled."""
         found = {}
         for preset in self.presets:
             config = self.config(preset)
@@ -94,8 +100,9 @@ class Bench:
                 step.once(pick, p)
             operations = counter.get_total_flops() / (config.batch * config.views)
             product = self.product(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
-            found[preset] = {"batch": config.batch, "width": config.width, "precision": config.precision, "views_per_s": rate, "operations_per_view": operations,
-                             "matrix_rate": product, "share": rate * operations / product, "peak_mb": peak, "compiled": step.compiles}
+            found[preset] = {"batch": config.batch, "width": config.width, "precision": config.precision, "views_per_s": rate,
+                             "operations_per_view": operations, "matrix_rate": product, "share": rate * operations / product,
+                             "peak_mb": peak, "compiled": step.compiles}
         return found
 
     def waits(self):
@@ -116,10 +123,12 @@ class Bench:
         return {"steps": config.n_train // config.batch, "waits": sum("synchroniz" in str(w.message) for w in caught)}
 
     def recording(self):
-        """Views a second with steps recorded and replayed, and with each operation asked for anew; and by how much the losses of the first steps differ, relative to the first."""
+        """Views a second with steps recorded and replayed, and with each operation asked for anew; and by how much the losses of
+        the first steps differ, relative to the first."""
         found = {}
         for preset in self.presets:
-            rates = {name: self.views_per_s(self.config(preset), lambda step: setattr(step, "records", step.records and on))[0] for name, on in (("asked for", False), ("recorded", True))}
+            rates = {name: self.views_per_s(self.config(preset), lambda step: setattr(step, "records", step.records and on))[0]
+                     for name, on in (("asked for", False), ("recorded", True))}
             config, losses = self.config(preset, precision="float32"), []
             for on in (False, True):
                 step = train.Step(config, *train.prepare(config))
@@ -134,7 +143,8 @@ class Bench:
     def layout(self):
         """Views a second with the default layout and with channels last."""
         return {preset: {name: self.views_per_s(self.config(preset), lambda step: step.learner.to(memory_format=form))[0]
-                         for name, form in (("default", torch.contiguous_format), ("channels last", torch.channels_last))} for preset in self.presets}
+                         for name, form in (("default", torch.contiguous_format), ("channels last", torch.channels_last))}
+                for preset in self.presets}
 
     def search(self):
         """Views a second with cuDNN's own choice of how to convolve, and with the best it finds."""
@@ -152,7 +162,8 @@ class Bench:
         """The loss of each epoch of a short run: float32 with two seeds, bfloat16 with one of them."""
         found = {}
         for name, precision, seed in (("float32", "float32", 0), ("float32, another seed", "float32", 1), ("bfloat16", "bfloat16", 0)):
-            config = make_config("multi", preset=self.presets[0], device=self.device, seed=seed, overrides=(TINY if self.tiny else {"n_test": 64}) | {"precision": precision, "epochs": 4})
+            config = make_config("multi", preset=self.presets[0], device=self.device, seed=seed,
+                                 overrides=(TINY if self.tiny else {"n_test": 64}) | {"precision": precision, "epochs": 4})
             step = train.Step(config, *train.prepare(config))
             found[name] = [train.train_epoch(config, step, e)["loss"] for e in range(config.epochs)]
         return found
@@ -169,7 +180,8 @@ class Bench:
         spent = lambda e: e.self_device_time_total if self.device == "cuda" else e.self_cpu_time_total
         rows = sorted(seen.key_averages(), key=spent, reverse=True)
         whole = sum(map(spent, rows))
-        return {"preset": config.preset, "rows": [{"operation": e.key[:80], "calls": e.count, "share": spent(e) / whole} for e in rows[:60]]}
+        return {"preset": config.preset,
+                "rows": [{"operation": e.key[:80], "calls": e.count, "share": spent(e) / whole} for e in rows[:60]]}
 
     def compile(self):
         """Views a second with the encoder compiled and not, both recorded, and how long compiling takes."""
@@ -185,7 +197,7 @@ class Bench:
 
 def main(arguments=None):
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser("python book/gpu.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python book/gpu.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for everything together")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a size that only shows that everything works")
@@ -196,24 +208,32 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends it as Ctrl-C does
     left = lambda: given.budget - (time.time() - begun)
     bench = Bench(given.device, given.tiny)
-    measures = {"matrix rate": bench.matrix_rate, "compile": bench.compile, "steps": bench.steps_, "waits": bench.waits, "recording": bench.recording, "layout": bench.layout, "search": bench.search, "precision": bench.precision, "profile": bench.profile}
+    measures = {"matrix rate": bench.matrix_rate, "compile": bench.compile, "steps": bench.steps_, "waits": bench.waits,
+                "recording": bench.recording, "layout": bench.layout, "search": bench.search, "precision": bench.precision,
+                "profile": bench.profile}
     there = given.device == "cpu" or torch.cuda.is_available()
     file = given.out / "speed.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     card = runs.device_name(given.device) if there else None
     if there and found.get("card", card) != card:
-        print(f"{file} holds measurements of another device, {found['card']}: move it away, or name another folder with --out.", file=sys.stderr)
+        print(f"{file} holds measurements of another device, {found['card']}: move it away, or name another folder with --out.",
+              file=sys.stderr)
         return 1
     todo = [name for name in measures if name not in found]
-    print(f"Plan for {card or 'a GPU'}: {len(todo)} of {len(measures)} measurements to make, about {sum(SECONDS[n] for n in todo) / 60:.0f} min: {', '.join(todo) or 'none'};")
+    print(f"Plan for {card or 'a GPU'}: {len(todo)} of {len(measures)} measurements to make, "
+          f"about {sum(SECONDS[n] for n in todo) / 60:.0f} min: {', '.join(todo) or 'none'};")
     if not there:
-        print("then the runs of sweeps/gpu.yml, about a minute each by the goals.\n\nThere is no GPU here that torch can use, so nothing was measured. On a machine with one:"
-              "\n\n    make gpu                 all of it\n    make gpu BUDGET=600      what fits into ten minutes; the same command goes on"
-              "\n\nTo see the same path work on the CPU: python book/gpu.py --device cpu --tiny --out /tmp/gpu --runs-dir /tmp/gpu", file=sys.stderr)
+        print("then the runs of sweeps/gpu.yml, about a minute each by the goals.\n\n"
+              "There is no GPU here that torch can use, so nothing was measured. On a machine with one:"
+              "\n\n    make gpu                 all of it\n"
+              "    make gpu BUDGET=600      what fits into ten minutes; the same command goes on"
+              "\n\nTo see the same path work on the CPU: python book/gpu.py --device cpu --tiny --out /tmp/gpu --runs-dir /tmp/gpu",
+              file=sys.stderr)
         return 1
     jobs = sweep.read_sweep(given.sweep, runs_dir=given.runs_dir)
     known = sweep.known_runs(jobs.runs_dir)
-    print(f"then {sweep.total(sweep.plan(jobs, known), jobs.at_once)}" + (f". Budget: {given.budget:g} s." if given.budget < math.inf else "."), flush=True)
+    print(f"then {sweep.total(sweep.plan(jobs, known), jobs.at_once)}"
+          + (f". Budget: {given.budget:g} s." if given.budget < math.inf else "."), flush=True)
     found["card"] = card
     found["environment"] = found.get("environment", {}) | {"torch": torch.__version__, "cuda": torch.version.cuda}
     late, broken = [], []

@@ -33,7 +33,8 @@ def executed(path):
     notebook["metadata"] = {"kernelspec": notebook["metadata"]["kernelspec"]}
     for cell in notebook["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
-        cell["source"] = re.sub(r'(?m)^runs_dir = "/.*"$', 'runs_dir = "runs"', "".join(cell["source"])).splitlines(keepends=True)  # a folder of another machine says nothing
+        # a folder of another machine says nothing
+        cell["source"] = re.sub(r'(?m)^runs_dir = "/.*"$', 'runs_dir = "runs"', "".join(cell["source"])).splitlines(keepends=True)
         for output in cell.get("outputs", []):
             if picture := output.get("data", {}).get("image/png"):
                 output["data"]["image/png"] = base64.b64encode(small_png(base64.b64decode(picture))).decode()
@@ -44,21 +45,29 @@ def heading(name, config, notebook):
     """A run's chapter in words: what it is, the folder's name, and the command that makes it again."""
     changed = {k: v for k, v in config.items() if f"-{k}{v}" in name.removeprefix(settings.run_name(config))}
     which = f"{config['few']} digits of any class" if "few" in changed else "one digit a class"
-    titles = TITLES | {"lie": "Lie-group baseline", "lie_exemplars": f"Lie-group baseline, {which}", "lie_few_first": f"Lie-group baseline, {which} first"}
-    about = f"{config['mode'].capitalize().replace('_', ' and ')}: {titles[config['variant']]}" + "".join(f", {k} {v}" for k, v in changed.items() if k != "few") + ("" if config["dataset"] == "mnist" else f", {config['dataset']}") + ("" if config["preset"] == "small" else f", {config['preset']}") + (f", seed {config['seed']}" if config["seed"] else "")
+    titles = TITLES | {"lie": "Lie-group baseline", "lie_exemplars": f"Lie-group baseline, {which}",
+                       "lie_few_first": f"Lie-group baseline, {which} first"}
+    about = (f"{config['mode'].capitalize().replace('_', ' and ')}: {titles[config['variant']]}"
+             + "".join(f", {k} {v}" for k, v in changed.items() if k != "few")
+             + ("" if config["dataset"] == "mnist" else f", {config['dataset']}")
+             + ("" if config["preset"] == "small" else f", {config['preset']}") + (f", seed {config['seed']}" if config["seed"] else ""))
     asked = " ".join(f"-p {k} {config[k]}" for k in ("mode", "variant", "preset", "dataset", "seed"))
     more = ' -y "{overrides: ' + json.dumps(changed).replace('"', "") + '}"' if changed else ""
     told = (" The baseline gets **no action labels**, while seq-JEPA is given the relative actions." if "lie" in config["variant"] else
-            " Its shares in two dimensions differ because what is moved differs: `subspace_ev_rot_2` of the history, and *all test deltas* in the figure of the spectrum, are about changes between two poses of a test sequence, with all that moves in this mode; "
-            f"the controlled `ev` and the Finding are about one factor of {measure.ANCHORS} test digits, moved from the identity pose; pictures of turning digits, and *rotation alone* in that figure, show a few of these.")
-    return f"# {about}\n\n> `{name}`, made by `papermill nbs/{notebook} out.ipynb {asked}{more}`\n\nA published run, shown as it ran. What the numbers mean: [one protocol for every model](../../nbs/12_measure.ipynb).{told}"
+            " Its shares in two dimensions differ because what is moved differs: `subspace_ev_rot_2` of the history, and *all test deltas* "
+            "in the figure of the spectrum, are about changes between two poses of a test sequence, with all that moves in this mode; "
+            f"the controlled `ev` and the Finding are about one factor of {measure.ANCHORS} test digits, "
+            "moved from the identity pose; pictures of turning digits, and *rotation alone* in that figure, show a few of these.")
+    return (f"# {about}\n\n> `{name}`, made by `papermill nbs/{notebook} out.ipynb {asked}{more}`\n\nA published run, "
+            f"shown as it ran. What the numbers mean: [one protocol for every model](../../nbs/12_measure.ipynb).{told}")
 
 
 def list_chapter(name, page):
     """Add the chapter to both tables of contents, unless it is there; published runs stand in the order of their names."""
     for file, entry, ahead in (
-            (ROOT / "book" / "_toc.yml", f"          - file: runs/{name}/{page.stem}\n", "      - file: nbs/39_runs\n        sections:\n"),
-            (ROOT / "_quarto.yml", f"              - book/runs/{name}/{page.name}\n", "            href: nbs/39_runs.ipynb\n            contents:\n")):
+        (ROOT / "book" / "_toc.yml", f"          - file: runs/{name}/{page.stem}\n", "      - file: nbs/39_runs\n        sections:\n"),
+        (ROOT / "_quarto.yml", f"              - book/runs/{name}/{page.name}\n",
+         "            href: nbs/39_runs.ipynb\n            contents:\n")):
         text = file.read_text()
         known = re.findall(r" +- (?:file: |book/)runs/.*\n", text)
         head, tail = text.replace("".join(known), "").split(ahead)

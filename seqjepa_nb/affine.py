@@ -26,7 +26,8 @@ def inverse_matrix(poses: Tensor, h: int, w: int) -> Tensor:
     c, s = theta.cos() * (-log_s).exp(), theta.sin() * (-log_s).exp()
     a = torch.stack([c, -s, s, c], -1).unflatten(-1, (2, 2))  # (..., 2, 2): turned back, in pixels with y down
     shift = (a @ torch.stack([tx, ty], -1)[..., None])  # (..., 2, 1)
-    size = torch.stack([poses.new_full((), w / 2), poses.new_full((), h / 2)])  # filled on the device: a copy from the host would make it wait
+    # filled on the device: a copy from the host would make it wait
+    size = torch.stack([poses.new_full((), w / 2), poses.new_full((), h / 2)])
     return torch.cat([a * size / size[:, None], -shift / size[:, None]], -1)
 
 # %% ../nbs/01_affine.ipynb #11da8511
@@ -74,7 +75,8 @@ class Ranges:
         return self.rotation >= math.pi
 
 
-MODES = {"rotation": ("rotation",), "translation": ("x", "y"), "scale": ("scale",), "multi": FACTORS, "rotation_scale": ("rotation", "scale")}
+MODES = {"rotation": ("rotation",), "translation": ("x", "y"), "scale": ("scale",), "multi": FACTORS,
+         "rotation_scale": ("rotation", "scale")}
 """The factors that vary in each mode."""
 
 

@@ -16,7 +16,8 @@ from .config import TITLES
 
 # %% ../nbs/17_arms.ipynb #59ac92f9
 TURN = "R² turn, two views"
-NUMBERS = {"top-2 share": "ev", "each anchor": "ev_anchor", "own action's error": "own_action_error", "best map's error": "equivariance_error", "doing nothing": "unmoved_error",
+NUMBERS = {"top-2 share": "ev", "each anchor": "ev_anchor", "own action's error": "own_action_error",
+           "best map's error": "equivariance_error", "doing nothing": "unmoved_error",
            TURN: None, "R² angle": "r2", "R² outside": "outside", "class inside": "class_subspace", "class z_agg": None}
 """Title of a number -> its key among the controlled ones of a factor; None for the two that are not there."""
 ERRORS = ("own action's error", "best map's error", "doing nothing")
@@ -39,7 +40,9 @@ def numbers(run: runs.Run, factor: str = "rotation") -> dict:
         A value a title of `NUMBERS`, None where not measured. Shares, R2, accuracies and errors are parts of 1.
     """
     controlled, config = run.metrics["controlled"], run.config
-    online = run.metrics["published"]["r2"] / VARY if config["mode"] == "rotation" and config["epochs"] and config.get("group") != "inferred" else None  # whose probe has learned from other turns than it is asked
+    # whose probe has learned from other turns than it is asked
+    online = (run.metrics["published"]["r2"] / VARY if config["mode"] == "rotation" and config["epochs"]
+              and config.get("group") != "inferred" else None)
     found = controlled["factors"][factor]
     return {title: found.get(key) for title, key in NUMBERS.items()} | {TURN: online, "class z_agg": controlled.get("class_z_agg")}
 
@@ -60,11 +63,12 @@ OLDER = "errors on the last 64 of the 256 digits only, as they were measured bef
 
 def older(found: list) -> bool:
     """Whether one of these runs was measured when errors were judged on the last quarter of the anchors only."""
-    return any(measure.ON_ALL not in report and report.get("unmoved_error") is not None for r in found for report in r.metrics["controlled"]["factors"].values())
+    return any(measure.ON_ALL not in report and report.get("unmoved_error") is not None for r in found
+               for report in r.metrics["controlled"]["factors"].values())
 
 # %% ../nbs/17_arms.ipynb #16e68ec8
-GAP = ("original", "random", "pixels", "matching", "supervised", "torus", "torus_phase", "torus_circles", "generator", "inferred", "lifted", "vit", "lifted_torus_phase",
-       "normalised_rate", "rate_z", "rate_both", "rate_projector", "no_rate", "vicreg", "sigreg")
+GAP = ("original", "random", "pixels", "matching", "supervised", "torus", "torus_phase", "torus_circles", "generator", "inferred",
+       "lifted", "vit", "lifted_torus_phase", "normalised_rate", "rate_z", "rate_both", "rate_projector", "no_rate", "vicreg", "sigreg")
 """The variants of the chapters on the gap."""
 
 
@@ -99,7 +103,8 @@ class Arms:
 
     def seeds(self, mode: str, variant: str, preset: str, changes: str = "") -> list:
         """The runs of one arm; `changes` as `Run.changes` says them."""
-        return [r for r in self.runs if (r.config["mode"], r.config["variant"], r.config["preset"], r.changes) == (mode, variant, preset, changes)]
+        return [r for r in self.runs
+                if (r.config["mode"], r.config["variant"], r.config["preset"], r.changes) == (mode, variant, preset, changes)]
 
     def common(self, mode: str, *variants: str) -> str | None:
         """The largest preset at which all of these are there, or None."""
@@ -107,13 +112,16 @@ class Arms:
 
     def largest(self, mode: str, variant: str) -> runs.Run | None:
         """A run of the variant with nothing changed, at its largest preset, or None."""
-        return max((r for r in self.plain if (r.config["mode"], r.config["variant"]) == (mode, variant)), key=lambda r: tables.SIZES.index(r.config["preset"]), default=None)
+        return max((r for r in self.plain if (r.config["mode"], r.config["variant"]) == (mode, variant)),
+                   key=lambda r: tables.SIZES.index(r.config["preset"]), default=None)
 
     def having(self, key: str, mode: str = "rotation", preset: str = "small") -> dict:
-        """What runs measured of rotation, of those that have this key of it: name of the arm -> one dictionary a seed, in the order of `variants`."""
+        """What runs measured of rotation, of those that have this key of it: name of the arm -> one dictionary a seed,
+        in the order of `variants`."""
         found = {}
         for r in sorted(self.runs, key=lambda r: self.variants.index(r.config["variant"])):
-            if (r.config["mode"], r.config["preset"]) == (mode, preset) and key in (report := r.metrics["controlled"]["factors"]["rotation"]):
+            if ((r.config["mode"], r.config["preset"]) == (mode, preset)
+                and key in (report := r.metrics["controlled"]["factors"]["rotation"])):
                 found.setdefault(named(r), []).append(report)
         return found
 
@@ -123,7 +131,8 @@ class Arms:
         return pd.DataFrame(rows, dtype=float).mean() if rows else pd.Series(dtype=float)
 
     def by_chance(self, mode: str, read=numbers) -> tuple:
-        """What seeds alone do in a mode to the numbers that `read` says of a run: the preset with most seeds, and `tables.between_seeds` there."""
+        """What seeds alone do in a mode to the numbers that `read` says of a run: the preset with most seeds, and
+        `tables.between_seeds` there."""
         at = lambda size: [r for r in self.runs if (r.config["mode"], r.config["preset"]) == (mode, size)]
         size = max(tables.SIZES, key=lambda s: sum(r.config["seed"] > 0 for r in at(s)))
         return size, tables.between_seeds(at(size), read)
@@ -136,7 +145,8 @@ class Arms:
         title : str
             The number, one of those that `read` says of a run.
         a, b : sequence of float, or float
-            Its values, one a seed, of which the means are compared; an arm that differs more between its own seeds than the pool does is judged by its own deviation. Of a mean alone that is not known.
+            Its values, one a seed, of which the means are compared; an arm that differs more between its own seeds than the pool
+            does is judged by its own deviation. Of a mean alone that is not known.
         mode : str
             'rotation' or 'multi'.
         read : callable
@@ -184,7 +194,8 @@ def mean(found: list) -> dict:
 
 
 def _one_measure(alike):
-    """The runs of one arm with what is imposed taken out of their controlled numbers, what is read outside a subspace put in, and errors of one definition."""
+    """The runs of one arm with what is imposed taken out of their controlled numbers, what is read outside a subspace put in,
+    and errors of one definition."""
     found = []
     for r in alike:
         c = measure.unimposed(r.metrics["controlled"], r.config.get("encoder"))
@@ -194,7 +205,8 @@ def _one_measure(alike):
 # %% ../nbs/17_arms.ipynb #bb5806bf
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What an arm reaches: `values`, title -> (value, target, whether it is reached), and `given`, the goals that its network reaches untrained (None if that was not measured)."""
+    """What an arm reaches: `values`, title -> (value, target, whether it is reached), and `given`, the goals that its network
+    reaches untrained (None if that was not measured)."""
     values: dict
     given: list | None
 
@@ -232,4 +244,5 @@ def judge(mode: str, found: list, reference: list, untrained: dict) -> Verdict:
         Judged by the mean over seeds.
     """
     before = untrained.get(found[0].network)
-    return Verdict(measure.reached(mode, mean(found), mean(reference)), None if before is None else measure.by_construction(mode, before.metrics["controlled"]))
+    return Verdict(measure.reached(mode, mean(found), mean(reference)),
+                   None if before is None else measure.by_construction(mode, before.metrics["controlled"]))

@@ -29,13 +29,17 @@ PRESETS = {
     "small": dict(n_train=4_000, n_test=1_000, n_exemplar=6_000, poses=2),
     "base": dict(n_train=10_000, n_test=2_000, n_exemplar=10_000, poses=1),
 }
-"""Sizes of a run; `quick` and `small` take some three and five minutes on one idle CPU core, `base` some eight, the measurements included."""
+"""Sizes of a run; `quick` and `small` take some three and five minutes on one idle CPU core, `base` some
+eight, the measurements included."""
 PLANE = dict(torus=2, multiplicity=1, grid=40)
-SETTINGS = {"translation": PLANE, "rotation_scale": PLANE, "untransformed": PLANE | dict(multiplicity=2), "rotation": dict(torus=1, multiplicity=6, grid=64),
+SETTINGS = {"translation": PLANE, "rotation_scale": PLANE,
+            "untransformed": PLANE | dict(multiplicity=2), "rotation": dict(torus=1, multiplicity=6, grid=64),
             "scale": dict(torus=1, multiplicity=6, grid=64), "multi": dict(torus=3, multiplicity=1, grid=14)}
 """The torus of each mode."""
-STORED = {"translation": {"objective": 21.96, "snr": 11.27}, "rotation_scale": {"objective": 20.10, "snr": 16.12}, "untransformed": {"objective": 28.04, "snr": 4.55}}
-"""What the stored training runs of Chau et al. end with after 20 epochs (github.com/hchau630/LSC, `data/`); of the two of rotation with scale the better one, the other ends at 27.46 and 4.64."""
+STORED = {"translation": {"objective": 21.96, "snr": 11.27}, "rotation_scale": {"objective": 20.10, "snr": 16.12},
+          "untransformed": {"objective": 28.04, "snr": 4.55}}
+"""What the stored training runs of Chau et al. end with after 20 epochs (github.com/hchau630/LSC, `data/`); of the two of
+rotation with scale the better one, the other ends at 27.46 and 4.64."""
 VARIANTS = ("lie", "lie_exemplars", "lie_few_first")
 
 
@@ -84,15 +88,19 @@ IDLE = (  # settings that nothing reads, and when
     (lambda c: c.variant == "lie_exemplars", "it learns from n_exemplar views of a few digits", ("poses",)),
     (lambda c: c.mode == "untransformed", "nothing moves", ("poses",)),
     (lambda c: c.pair_epochs == 0, "pair_epochs 0 learns from no pairs", ("neighbours",)),
-    (lambda c: c.epochs < 2, "memory grows from the first epoch with the best restart to the last, and epochs has no two of them", ("last_memory",)),
+    (lambda c: c.epochs < 2,
+     "memory grows from the first epoch with the best restart to the last, and epochs has no two of them", ("last_memory",)),
 )
 
 
-def make_config(mode: str = "rotation", variant: str = "lie", preset: str = "auto", dataset: str = "mnist", seed: int = 0, device: str = "auto", overrides: dict | None = None) -> Config:
-    """Put a run's `Config` together: the preset's values, the mode's torus and the overrides; ValueError, with the valid ones, for an unknown name or value, and for an override that would change nothing."""
+def make_config(mode: str = "rotation", variant: str = "lie", preset: str = "auto", dataset: str = "mnist", seed: int = 0,
+                device: str = "auto", overrides: dict | None = None) -> Config:
+    """Put a run's `Config` together: the preset's values, the mode's torus and the overrides; ValueError, with the valid ones,
+    for an unknown name or value, and for an override that would change nothing."""
     choices = {"mode": tuple(SETTINGS), "variant": VARIANTS, "preset": ("auto", *PRESETS)}
     asked = settings.request(Config, choices, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    values = settings.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked, {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1, "few": 0}, {"seed": 2**40})
+    values = settings.settle(Config, PRESETS[asked["preset"]] | SETTINGS[mode] | (overrides or {}) | asked,
+                             {"seed": 0, "n_train": 20, "n_test": 32, "n_exemplar": 20, "poses": 1, "few": 0}, {"seed": 2**40})
     config = Config(**values)
     settings.refuse_idle(config, overrides, IDLE)
     _coder(config)._check(PIXELS.get(config.dataset))
@@ -118,7 +126,8 @@ def gray(x: Tensor) -> Tensor:
 
 
 def few_digits(config: Config, images) -> Tensor:
-    """Indices of the training images that `lie_exemplars` learns from, and `lie_few_first` first: the first of each class or, with `few`, so many of any class, drawn by the seed."""
+    """Indices of the training images that `lie_exemplars` learns from, and `lie_few_first` first: the first of each class or,
+    with `few`, so many of any class, drawn by the seed."""
     labels = images.train_labels.cpu()
     if not config.few:
         return torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()])
@@ -134,7 +143,8 @@ def training_views(config: Config, images, limits: Ranges) -> tuple:
     else:
         pick = torch.arange(len(images.train)).repeat_interleave(1 if config.mode == "untransformed" else config.poses)
     poses = sample_poses(len(pick), 2, limits, g)[:, 1:]
-    views = measure.in_chunks(lambda i, p: gray(warp(to_float(i), p.to(i.device), limits.padding)[:, 0]), images.train[pick.to(images.train.device)], poses)
+    views = measure.in_chunks(lambda i, p: gray(warp(to_float(i), p.to(i.device), limits.padding)[:, 0]),
+                              images.train[pick.to(images.train.device)], poses)
     return views, poses[:, 0], pick
 
 # %% ../nbs/18_baseline.ipynb #1d255674
@@ -155,9 +165,11 @@ def _code(angles, alpha, scale):
 
 
 def own_error(model: LieSparseCoder, z: Tensor, steps, cyclic: bool, held_out: float = 0.25) -> float:
-    """How far the model's own action R(s) misses a sweep: its squared error on held-out anchors, relative to their variance, as the mean over steps.
+    """How far the model's own action R(s) misses a sweep: its squared error on held-out anchors, relative to their
+    variance, as the mean over steps.
 
-    For each step one s is inferred from the other anchors, the most probable one under the model's posterior (Chau et al. 2020, arXiv 2012.12071), as if their view were the template and the next view the image.
+    For each step one s is inferred from the other anchors, the most probable one under the model's posterior (Chau et al. 2020,
+    arXiv 2012.12071), as if their view were the template and the next view the image.
 
     Parameters
     ----------
@@ -219,7 +231,8 @@ def yardstick(model: LieSparseCoder, images, mode: str, limits: Ranges, scale: f
             found["factors"][f] = report
         short[name] = found
     if mode in MODES:
-        short["code"] = {"class": main["class_z"], "factors": {f: {k: main["factors"][f][k] for k in report} for f, report in short["alpha"]["factors"].items()}}
+        short["code"] = {"class": main["class_z"],
+                         "factors": {f: {k: main["factors"][f][k] for k in report} for f, report in short["alpha"]["factors"].items()}}
     else:
         main["class_z"] = short["code"]["class"]
     return main, short, drawn, sweeps
@@ -242,9 +255,11 @@ def draw(model: LieSparseCoder, images, views: Tensor, planes: dict, sweeps: dic
         moved[:, model.templates + k] += turns.to(moved)
         rows[f"s{k + 1} all round"] = picture(model.inverse_transform(moved))
     figures = {"templates": viz.image_rows({"templates": picture(tall(model.templates_).T)}, signed=True),
-               "planes": viz.image_rows({"first": picture(tall(model.planes_[:, some]).T), "second": picture(tall(model.planes_[:, [i + model.planes for i in some]]).T)},
+               "planes": viz.image_rows({"first": picture(tall(model.planes_[:, some]).T),
+                                         "second": picture(tall(model.planes_[:, [i + model.planes for i in some]]).T)},
                                         [",".join(map(str, model.omega_[i].tolist())) for i in some], signed=True),
-               "reconstruction": viz.image_rows({"image": picture(shown), "model": picture(found), "difference": picture(shown.to(found) - found).abs()}),
+               "reconstruction": viz.image_rows({"image": picture(shown), "model": picture(found),
+                                                 "difference": picture(shown.to(found) - found).abs()}),
                "turned": viz.image_rows(rows)}
     p = model.posterior(shown[:4])
     if model.torus > 1:
@@ -252,7 +267,8 @@ def draw(model: LieSparseCoder, images, views: Tensor, planes: dict, sweeps: dic
     if planes:
         f, (_, values) = next(iter(planes.items()))
         anchors = to_float(images.test[:5])
-        found = subspace.sweep(lambda x: measure.in_chunks(lambda i: model.transform(gray(i)), x), anchors, f, values, limits.padding)  # (a, n, K + t)
+        # (a, n, K + t)
+        found = subspace.sweep(lambda x: measure.in_chunks(lambda i: model.transform(gray(i)), x), anchors, f, values, limits.padding)
         figures["inferred_codes"] = viz.inferred_codes(values, found[..., model.templates:], found[..., :model.templates], f)
     if sweeps:
         few = {f: (z[:12], v) for f, (z, v) in sweeps.items()}
@@ -285,7 +301,8 @@ def fit_run(config: Config, runs_dir="runs", wandb_mode: str | None = None) -> r
     Raises
     ------
     ValueError
-        If the folder holds a run of another configuration or another process is at work in it, if the W&B mode is unknown, or if the images cannot be read or learned from.
+        If the folder holds a run of another configuration or another process is at work in it, if the W&B mode is unknown, or if
+        the images cannot be read or learned from.
     FloatingPointError
         If the likelihood overflows.
     """
@@ -323,17 +340,22 @@ def _train_and_measure(config, folder, log, images, limits, model, views, pick, 
         before = files.load_state(state)[1]
         started -= sum(before["seconds"].values())
         logs.say(f"{folder.name}: going on after epoch {len(before['history'])}")
-    logs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, {config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, {len(views)} views of {pick.unique().numel()} training images ({images.source})")
-    few = training_views(dataclasses.replace(config, variant="lie_exemplars"), images, limits)[0] if config.variant == "lie_few_first" else None
+    logs.say(f"{folder.name}: {config.pair_epochs} epochs of pairs, "
+             f"{config.restarts} restarts of {config.restart_epochs} epochs and {config.epochs} more on {config.device}, "
+             f"{len(views)} views of {pick.unique().numel()} training images ({images.source})")
+    few = (training_views(dataclasses.replace(config, variant="lie_exemplars"), images, limits)[0]
+           if config.variant == "lie_few_first" else None)
     if few is not None:
-        logs.say(f"{folder.name}: before that the same on {len(few)} views of {config.few or 'one image a class'}{' images of any class' if config.few else ''}, which all the pairs are of")
+        logs.say(f"{folder.name}: before that the same on {len(few)} views of "
+                 f"{config.few or 'one image a class'}{' images of any class' if config.few else ''}, which all the pairs are of")
     model.fit(views, checkpoint=state, first=few)
     for row in model.history_:
         logs.log_history(log, row, row["epoch"])
     code = model.transform(views)
     scale = code[:, :model.templates].square().sum(1).mean().sqrt().clamp_min(1e-6).item()
     main, short, planes, sweeps = yardstick(model, images, config.mode, limits, scale)
-    test = measure.show_views(images.test, sample_poses(len(images.test), 2, limits, torch.Generator().manual_seed(43))[:, 1:], limits)[:, 0]
+    test = measure.show_views(images.test,
+                              sample_poses(len(images.test), 2, limits, torch.Generator().manual_seed(43))[:, 1:], limits)[:, 0]
     found = model.evaluate(views)
     figures = draw(model, images, views, planes, sweeps, limits)
     for name, figure in figures.items():
@@ -342,11 +364,13 @@ def _train_and_measure(config, folder, log, images, limits, model, views, pick, 
     files.write_history(folder, model.history_)
     model.save_pretrained(folder)
     chosen = [] if config.variant == "lie" else few_digits(config, images).tolist()
-    lie = {"snr": found["snr"], "snr_mean": found["snr_mean"], "snr_each": found["snr_each"], "snr_test": model.score(gray(test)), "objective": found["objective"], "restarts": model.restarts_,
+    lie = {"snr": found["snr"], "snr_mean": found["snr_mean"], "snr_each": found["snr_each"],
+           "snr_test": model.score(gray(test)), "objective": found["objective"], "restarts": model.restarts_,
            "few": {i: int(images.train_labels[i]) for i in chosen}, "alpha_scale": scale,
            "active": float((code[:, :model.templates] > 1e-3).float().sum(1).mean()), "representations": short}
     shown = sum(len(few if few is not None and row["phase"].startswith("first ") else views) for row in model.history_)
-    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, {"training": model.train_s_}, shown, began)
+    environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started,
+                                   {"training": model.train_s_}, shown, began)
     run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
     files.write_json(folder / "metrics.json", {"run": run, "controlled": main, "lie": lie, "environment": environment})
     log.summary.update(files.plain({"controlled": main, "lie": lie}))

@@ -32,7 +32,8 @@ def _pool(threads):
     pool = get_reusable_executor(n, timeout=IDLE, env=one)
     if pool not in _started:
         _started[:] = [pool]
-        Finalize(None, pool.shutdown, kwargs={"kill_workers": True}, exitpriority=0)  # a process that multiprocessing made would wait for them to become idle
+        # a process that multiprocessing made would wait for them to become idle
+        Finalize(None, pool.shutdown, kwargs={"kill_workers": True}, exitpriority=0)
     return pool
 
 
@@ -43,7 +44,8 @@ def _call(f, *data):
 class Beside:
     """Calls functions on one thread each: at once, or, for four `threads` or more, in as many processes, sixteen at most.
 
-    `beside(f, *data)` returns a `Future`, whose `result()` is that of `f(*data)`, its error too. Processes without work for five minutes end.
+    `beside(f, *data)` returns a `Future`, whose `result()` is that of `f(*data)`, its error too. Processes
+    without work for five minutes end.
     """
 
     def __init__(self, threads: int):

@@ -26,7 +26,8 @@ def angle_colour(angles) -> np.ndarray:
 
 # %% ../nbs/06_canvas.ipynb #dcf703c9
 VALUES = LinearSegmentedColormap.from_list("values", ["#1f1a4f", "#2f6fc4", "#86bbdf", "#e6cd6a"])
-SHOWN = {"rotation": ("rotation (degrees)", np.degrees), "x": ("right (px)", np.asarray), "y": ("down (px)", np.asarray), "scale": ("scale (factor)", np.exp)}
+SHOWN = {"rotation": ("rotation (degrees)", np.degrees), "x": ("right (px)", np.asarray), "y": ("down (px)", np.asarray),
+         "scale": ("scale (factor)", np.exp)}
 """For each factor the label of its values, with the unit, and a function from the value to that unit."""
 
 
@@ -100,7 +101,8 @@ def _key(ax, angles=(0, 2 * math.pi)):
     turn = np.linspace(0, 2 * math.pi, 180) if closed else np.linspace(*ends, 180)
     ax.scatter(np.cos(turn), np.sin(turn), c=_colours("rotation", turn), s=30)
     for angle in (0, 90, 180, 270) if closed else np.round(np.degrees([*ends, sum(ends) / 2])).astype(int) + 0:
-        ax.text(0.58 * math.cos(math.radians(angle)), 0.58 * math.sin(math.radians(angle)), f"{angle}°", ha="center", va="center", fontsize=8)
+        ax.text(0.58 * math.cos(math.radians(angle)), 0.58 * math.sin(math.radians(angle)), f"{angle}°", ha="center",
+                va="center", fontsize=8)
     (x, y), reach = ((0, 0), 1.25) if closed else (0.6 * np.array([math.cos(sum(ends) / 2), math.sin(sum(ends) / 2)]), 0.8)
     ax.set(aspect="equal", xlim=(x - reach, x + reach), ylim=(y - reach, y + reach))
     ax.set_title("rotation", fontsize=9)

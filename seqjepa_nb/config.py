@@ -103,18 +103,23 @@ VARIANTS = {
     "matching": dict(epochs=0, integer=False, encoder="matching"),
 }
 TITLES = {
-    "original": "original", "normalised_rate": "normalised rate on z_agg", "no_rate": "no rate", "rate_z": "normalised rate on z", "rate_both": "normalised rate on both", "rate_projector": "normalised rate on the projector",
-    "teacherless": "no teacher (tuned on CIFAR-10)", "teacherless_original": "original without teacher", "teacherless_normalised": "normalised rate on z_agg without teacher", "teacherless_no_rate": "no rate and no teacher",
+    "original": "original", "normalised_rate": "normalised rate on z_agg", "no_rate": "no rate", "rate_z": "normalised rate on z",
+    "rate_both": "normalised rate on both", "rate_projector": "normalised rate on the projector",
+    "teacherless": "no teacher (tuned on CIFAR-10)", "teacherless_original": "original without teacher",
+    "teacherless_normalised": "normalised rate on z_agg without teacher", "teacherless_no_rate": "no rate and no teacher",
     "vicreg": "VICReg", "sigreg": "SIGReg", "lifted": "lifted encoder", "vit": "ViT encoder",
-    "crate_aggregator": "CRATE aggregator", "crate_alpha": "CRATE-α aggregator", "crate_predictor": "CRATE predictor", "crate": "CRATE aggregator and predictor", "crate_encoder": "CRATE encoder",
-    "torus": "known action", "torus_phase": "known action + phase", "torus_circles": "known action + phase (all on circles)", "generator": "learned generator", "inferred": "steady motion", "lifted_torus_phase": "lifted known action + phase",
+    "crate_aggregator": "CRATE aggregator", "crate_alpha": "CRATE-α aggregator",
+    "crate_predictor": "CRATE predictor", "crate": "CRATE aggregator and predictor", "crate_encoder": "CRATE encoder",
+    "torus": "known action", "torus_phase": "known action + phase", "torus_circles": "known action + phase (all on circles)",
+    "generator": "learned generator", "inferred": "steady motion", "lifted_torus_phase": "lifted known action + phase",
     "supervised": "with labels (reference)", "random": "untrained encoder", "pixels": "pixels (PCA)", "matching": "template matching",
 }
 """What each variant is called in tables and figures."""
 CHOICES = {"mode": tuple(MODES), "variant": tuple(VARIANTS), "preset": ("auto", *PRESETS), "schedule": ("constant", "cosine"),
-           "objective": ("predict", "labels"), "target": ("ema", "stop"), "rate": ("published", "normalised", "vicreg", "sigreg", "none"), "rate_on": ("z_agg", "z", "both", "projector"),
-           "encoder": tuple(ENCODERS), "aggregator": AGGREGATORS, "predictor": PREDICTORS, "group": ("none", "known", "generator", "inferred"),
-           "precision": ("auto", "float32", "bfloat16")}
+           "objective": ("predict", "labels"), "target": ("ema", "stop"),
+           "rate": ("published", "normalised", "vicreg", "sigreg", "none"), "rate_on": ("z_agg", "z", "both", "projector"),
+           "encoder": tuple(ENCODERS), "aggregator": AGGREGATORS, "predictor": PREDICTORS,
+           "group": ("none", "known", "generator", "inferred"), "precision": ("auto", "float32", "bfloat16")}
 
 # %% ../nbs/08_config.ipynb #bda5d297
 def fast_bfloat16(device: torch.device) -> bool:
@@ -123,7 +128,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 IDLE = (  # settings that nothing reads, and when
-    (lambda c: c.group == "none", "the group is none", ("turn_weight", "phase_weight", "stay_weight", "content_rate_weight", "content_norm", "slow", "scale_gain")),
+    (lambda c: c.group == "none", "the group is none",
+     ("turn_weight", "phase_weight", "stay_weight", "content_rate_weight", "content_norm", "slow", "scale_gain")),
     (lambda c: c.group != "generator", "only a learned generator has planes", ("planes",)),
     (lambda c: c.group != "known", "only a known action has phases", ("phase_weight",)),
     (lambda c: "scale" not in MODES[c.mode], "nothing is scaled in this mode", ("scale_gain",)),
@@ -132,7 +138,9 @@ IDLE = (  # settings that nothing reads, and when
     (lambda c: c.target == "stop", "there is no teacher", ("decay",)),
     (lambda c: not c.epochs, "nothing is trained", ("lr", "schedule", "warmup", "decay")),
     (lambda c: c.aggregator != "transformer", "only a transformer has dropout", ("dropout",)),
-    (lambda c: c.objective == "labels", "labels are learned", ("target", "decay", "predictor", "rate", "rate_weight", "rate_on", "predict_weight", "turn_weight", "phase_weight", "stay_weight", "content_rate_weight")),
+    (lambda c: c.objective == "labels", "labels are learned",
+     ("target", "decay", "predictor", "rate", "rate_weight", "rate_on", "predict_weight", "turn_weight", "phase_weight",
+      "stay_weight", "content_rate_weight")),
 )
 
 
@@ -146,9 +154,11 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
         If a name or value is unknown, then the message lists the valid ones, or an override would change nothing.
     """
     asked = settings.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
-    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0, "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0, "scale_gain": 0.01, "lr": 0, "decay": 0, "dropout": 0}
+    least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0,
+             "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0, "scale_gain": 0.01, "lr": 0, "decay": 0, "dropout": 0}
     most = {"seed": 2**40, "decay": 1, "dropout": 0.9}  # a generator's seed has 64 bits, and an epoch's is a run's times some 10**5
-    values = settings.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked, least, most)
+    values = settings.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked,
+                             least, most)
     place = resolve_device(asked["device"])
     if values["precision"] == "auto":
         values["precision"] = "bfloat16" if fast_bfloat16(place) else "float32"
@@ -158,13 +168,17 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
     if config.batch > config.n_train:
         raise ValueError(f"batch {config.batch} is larger than n_train {config.n_train}")
     if config.encoder in ("pixels", "matching") and (config.epochs or config.group != "none"):
-        raise ValueError(f"encoder {config.encoder!r} is fitted and not trained: it needs epochs 0 and group 'none', not {config.epochs} and {config.group!r} (variant {variant!r})")
+        raise ValueError(f"encoder {config.encoder!r} is fitted and not trained: it needs epochs 0 and group 'none', "
+                         f"not {config.epochs} and {config.group!r} (variant {variant!r})")
     if config.encoder == "pixels" and 8 * config.width > 3 * 28 * 28:
-        raise ValueError(f"width {config.width}: encoder 'pixels' has {3 * 28 * 28} components at most, so width is at most {3 * 28 * 28 // 8}")
+        raise ValueError(f"width {config.width}: encoder 'pixels' has {3 * 28 * 28} components at most, "
+                         f"so width is at most {3 * 28 * 28 // 8}")
     if config.encoder == "matching" and 8 * config.width > config.n_train:
-        raise ValueError(f"encoder 'matching' (variant {variant!r}) takes its templates from 8 * width = {8 * config.width} training images: n_train {config.n_train} is too few")
+        raise ValueError(f"encoder 'matching' (variant {variant!r}) takes its templates from 8 * width = {8 * config.width} "
+                         f"training images: n_train {config.n_train} is too few")
     if config.group in ("generator", "inferred") and config.views < 4:
-        raise ValueError(f"group {config.group!r} (variant {variant!r}) needs views of at least 4, not {config.views}: it looks at several turns of a sequence")
+        raise ValueError(f"group {config.group!r} (variant {variant!r}) needs views of at least 4, not {config.views}: "
+                         "it looks at several turns of a sequence")
     if config.encoder == "vit" and 8 * config.width % (heads := max(1, config.width // 8)):
         raise ValueError(f"width {config.width}: {heads} heads do not divide the {8 * config.width} dimensions of its vision transformer")
     if config.group in ("generator", "inferred") and mode != "rotation":

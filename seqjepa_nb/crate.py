@@ -81,7 +81,8 @@ class ISTA(nn.Module):
     dim : int
         d.
     ratio : int
-        Atoms for each dimension. 1: CRATE, one step from the tokens, the code itself is returned. More: CRATE-alpha, two steps from zero, decoded by a dictionary of its own.
+        Atoms for each dimension. 1: CRATE, one step from the tokens, the code itself is returned. More: CRATE-alpha, two steps
+        from zero, decoded by a dictionary of its own.
     step, weight : float
         Of the proximal gradient step, and of the code's sum.
     """
@@ -135,7 +136,8 @@ def blocks_of(model: nn.Module) -> dict:
 def tokens_of(model: nn.Module, *inputs) -> dict:
     """What each CRATE block of a model is given in one call of it: tokens (b, n, d) by the block's name."""
     found = {}
-    hooks = [m.register_forward_pre_hook(lambda _, args, name=name: found.__setitem__(name, args[0].float())) for name, m in blocks_of(model).items()]
+    hooks = [m.register_forward_pre_hook(lambda _, args, name=name: found.__setitem__(name, args[0].float()))
+             for name, m in blocks_of(model).items()]
     try:
         model(*inputs)
     finally:
@@ -151,7 +153,8 @@ def block_report(model: nn.Module, *inputs) -> dict:
     Returns
     -------
     dict
-        `layers` (names), `sparsity` (share of non-zeros in ISTA's code), `rate_ratio` (coding rate of the projected tokens after MSSA's step over before) and `step_l` (ISTA's step times L, a lasso step below 1).
+        `layers` (names), `sparsity` (share of non-zeros in ISTA's code), `rate_ratio` (coding rate of the projected tokens after
+        MSSA's step over before) and `step_l` (ISTA's step times L, a lasso step below 1).
     """
     seen = tokens_of(model, *inputs)
     report = {"layers": list(seen), "sparsity": [], "rate_ratio": [], "step_l": []}
@@ -160,7 +163,8 @@ def block_report(model: nn.Module, *inputs) -> dict:
         normal = block.before_mssa(tokens)
         moved = block.mssa(normal)
         report["sparsity"].append(float((block.ista.code(block.before_ista(moved)) > 0).float().mean()))
-        report["rate_ratio"].append(float(compression_rate(moved, block.mssa.subspaces).sum() / compression_rate(normal, block.mssa.subspaces).sum()))
+        report["rate_ratio"].append(float(compression_rate(moved, block.mssa.subspaces).sum()
+                                          / compression_rate(normal, block.mssa.subspaces).sum()))
         report["step_l"].append(float(block.ista.step * torch.linalg.matrix_norm(block.ista.atoms, 2) ** 2))
     return report
 
@@ -184,7 +188,8 @@ def head_energy(model: nn.Module, moved: tuple, still: tuple) -> Tensor:
     rows, reference, n = [], tokens_of(model, *still), len(moved[0]) // len(still[0])
     for name, tokens in tokens_of(model, *moved).items():
         block = model.get_submodule(name)
-        change = block.before_mssa(tokens).unflatten(0, (len(still[0]), n, -1)) - block.before_mssa(reference[name]).unflatten(0, (len(still[0]), 1, -1))  # (a, n, views, tokens, d)
+        change = (block.before_mssa(tokens).unflatten(0, (len(still[0]), n, -1))
+                  - block.before_mssa(reference[name]).unflatten(0, (len(still[0]), 1, -1)))  # (a, n, views, tokens, d)
         change = change.flatten(0, -2)
         bases = torch.linalg.qr(block.mssa.subspaces.float().mT)[0]  # (K, d, p), orthonormal columns
         rows.append(torch.stack([*((change @ q).double().square().sum() for q in bases), change.double().square().sum()]))

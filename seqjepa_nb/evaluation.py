@@ -27,7 +27,8 @@ from .torus import act
 
 # %% ../nbs/08_evaluation.ipynb #e50987dc
 class Frozen:
-    """A model as the protocol of `measure` wants it: pixels in, float32 vectors out, in evaluation mode but for the aggregator's `dropout` if that is asked for, without gradient."""
+    """A model as the protocol of `measure` wants it: pixels in, float32 vectors out, in evaluation mode but for the aggregator's
+    `dropout` if that is asked for, without gradient."""
 
     def __init__(self, model: SeqJEPA, images, device, dropout: bool = False):
         self.model, self.images, self.device, self.dropout = model, images, device, dropout
@@ -95,7 +96,8 @@ def draw(frozen: Frozen, images, config: Config, limits, arrays) -> dict:
                "eigs_rot": (viz.eigs_rot, spectra({"all test deltas": deltas} | alone)),
                "rank_monitor": (viz.rank_monitor, spectra({"z": z[:, 0], "z_agg": z_agg}))}
     if "rotation" in sweeps:
-        figures |= {"sweep_traj_rot": (trajectories.sweep_traj_rot, *sweeps["rotation"]), "rotation_circle": (trajectories.rotation_circle, deltas, poses[:, 1, 0])}
+        figures |= {"sweep_traj_rot": (trajectories.sweep_traj_rot, *sweeps["rotation"]),
+                    "rotation_circle": (trajectories.rotation_circle, deltas, poses[:, 1, 0])}
     return figures
 
 
@@ -106,7 +108,8 @@ def drawn(figures: dict, threads: int) -> dict:
 
 # %% ../nbs/08_evaluation.ipynb #0da3ca1e
 def crate_report(config: Config, learner: Learner, images, limits) -> dict:
-    """What the model's CRATE blocks do (see `crate.block_report`), with `heads`, by factor the shares (layers, heads), and all of that `untrained`; empty without blocks."""
+    """What the model's CRATE blocks do (see `crate.block_report`), with `heads`, by factor the shares (layers, heads), and all of
+    that `untrained`; empty without blocks."""
     if not blocks_of(learner.model):
         return {}
     torch.manual_seed(config.seed)
@@ -124,7 +127,8 @@ def _block_numbers(config, model, images, limits):
         values = subspace.sweep_values(factor, limits)
         poses = subspace.sweep_poses(factor, values[::max(1, len(values) // 8)])[:, None].repeat(1, config.views, 1)  # (n, v, 4)
         poses[:, 0] = 0
-        energy = sum(head_energy(model, see(few.repeat_interleave(len(poses), 0), poses.repeat(len(few), 1, 1)), see(few, torch.zeros(len(few), config.views, 4)))
+        energy = sum(head_energy(model, see(few.repeat_interleave(len(poses), 0), poses.repeat(len(few), 1, 1)),
+                                 see(few, torch.zeros(len(few), config.views, 4)))
                      for few in images.test[:32].split(8))
         report["heads"][factor] = (energy[:, :-1] / energy[:, -1:]).tolist()
     return report
@@ -132,7 +136,8 @@ def _block_numbers(config, model, images, limits):
 # %% ../nbs/08_evaluation.ipynb #414a71ea
 @torch.no_grad()
 def own_action(config: Config, learner: Learner):
-    """How the model's own action moves z: a function of z (m, d) and actions (m, 5), for `measure.controlled`; None if it has no such action."""
+    """How the model's own action moves z: a function of z (m, d) and actions (m, 5), for `measure.controlled`;
+    None if it has no such action."""
     n, device = learner.model.pose_dim, config.device
     if config.group == "known" or config.encoder == "matching":
         move = lambda pose, action: act(pose, action, MODES[config.mode], config.slow, config.scale_gain)
@@ -144,7 +149,8 @@ def own_action(config: Config, learner: Learner):
 
 
 def ahead(config: Config, learner: Learner, frozen: Frozen, images, limits) -> dict:
-    """`measure.ahead_errors` of three ways to look ahead: the predictor step by step on what it predicted, the predictor with the actions composed into one, and the model's own action where it has one."""
+    """`measure.ahead_errors` of three ways to look ahead: the predictor step by step on what it predicted, the predictor with the
+    actions composed into one, and the model's own action where it has one."""
     foresee = lambda z, poses: frozen.predict(z, relative_action(poses[:, :-1], poses[:, 1:]))
 
     def rolled(z, poses):
@@ -152,10 +158,12 @@ def ahead(config: Config, learner: Learner, frozen: Frozen, images, limits) -> d
             z = torch.cat([z, foresee(z[:, -3:], poses[:, k - 3:k + 1])[:, None].to(z)], 1)
         return z[:, 3:]
 
-    composed = lambda z, poses: torch.stack([foresee(z, torch.cat([poses[:, :3], poses[:, k, None]], 1)) for k in range(3, poses.shape[1])], 1)
+    composed = lambda z, poses: torch.stack(
+        [foresee(z, torch.cat([poses[:, :3], poses[:, k, None]], 1)) for k in range(3, poses.shape[1])], 1)
     ways = {"step by step": rolled, "composed": composed}
     if move := own_action(config, learner):
-        ways["own action"] = lambda z, poses: torch.stack([move(z[:, 2], relative_action(poses[:, 2], poses[:, k])) for k in range(3, poses.shape[1])], 1)
+        ways["own action"] = lambda z, poses: torch.stack(
+            [move(z[:, 2], relative_action(poses[:, 2], poses[:, k])) for k in range(3, poses.shape[1])], 1)
     return {name: measure.ahead_errors(frozen.encode, way, images.test[:measure.ANCHORS], limits) for name, way in ways.items()}
 
 
@@ -167,7 +175,8 @@ DROPOUT = {"dropout": True, "no dropout": False}
 def use_of_actions(config: Config, learner: Learner, images, limits) -> dict:
     """The prediction's error, by the ways of `DROPOUT` and by the actions told; 1 is the error of another sequence's target.
 
-    `true` actions; those of another sequence for the `last` or for `all`; and what needs no predictor, the mean of the observed z's directions (`views`) and the last of them (`newest`).
+    `true` actions; those of another sequence for the `last` or for `all`; and what needs no predictor, the mean of the observed
+    z's directions (`views`) and the last of them (`newest`).
     """
     poses = test_sequences(config, images, limits)
     frozen = Frozen(learner.model, images, config.device)
@@ -188,7 +197,9 @@ def use_of_actions(config: Config, learner: Learner, images, limits) -> dict:
 
 @torch.no_grad()
 def who_earns(config: Config, learner: Learner, images, limits) -> dict:
-    """The run's rate of z_agg by the ways of `DROPOUT`, the mean over batches of test sequences; of one sequence as often as a batch is long, with dropout (`one sequence`, the mean over a batch of them); and the effective ranks of all z_agg by `DROPOUT` (`ranks`)."""
+    """The run's rate of z_agg by the ways of `DROPOUT`, the mean over batches of test sequences; of one sequence as
+    often as a batch is long, with dropout (`one sequence`, the mean over a batch of them); and the effective ranks of
+    all z_agg by `DROPOUT` (`ranks`)."""
     poses = test_sequences(config, images, limits)[:, :-1]
     frozen, rate, n = Frozen(learner.model, images, config.device), RATES[config.rate], min(config.batch, len(images.test))
     z = measure.in_chunks(lambda i, p: frozen.encode(measure.show_views(i, p, limits)), images.test, poses)  # (n, v-1, d)
@@ -205,7 +216,8 @@ def who_earns(config: Config, learner: Learner, images, limits) -> dict:
 
 
 def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, arrays) -> tuple:
-    """The controlled numbers of a trained learner, what its CRATE blocks do (empty without blocks), and what its figures show, as `draw` returns it."""
+    """The controlled numbers of a trained learner, what its CRATE blocks do (empty without blocks), and what its figures
+    show, as `draw` returns it."""
     found, sweeps = measure.controlled(frozen.encode, images, config.mode, limits, frozen.aggregate, own_action(config, learner))
     if config.epochs and config.objective == "predict":
         found["ahead"] = ahead(config, learner, frozen, images, limits)
@@ -216,7 +228,8 @@ def measured(config: Config, learner: Learner, frozen: Frozen, images, limits, a
         found["generator"] = learner.generator.to("cpu").spectrum(arrays[0][:, 1, :learner.model.pose_dim])
     figures, blocks = draw(frozen, images, config, limits, arrays), crate_report(config, learner, images, limits)
     if limits.full_circle:
-        figures["class_circles"] = (trajectories.class_circles, sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(), sweeps["rotation"][1], images.classes)
+        figures["class_circles"] = (trajectories.class_circles, sweeps["rotation"][0], images.test_labels[:measure.ANCHORS].cpu(),
+                                    sweeps["rotation"][1], images.classes)
     if len(names := list(sweeps)) > 1:
         shared = lambda f, g: found["overlap"].get(f"{f}-{g}", found["overlap"].get(f"{g}-{f}", 1.0))
         figures["overlap_heatmap"] = (viz.overlap_heatmap, [[shared(f, g) for g in names] for f in names], names)

@@ -93,7 +93,8 @@ def write_history(folder, rows: list):
 def save_state(path, tensors: dict, meta: dict):
     """Write tensors by name and a JSON dictionary into one safetensors file, whole or not at all (then an OSError)."""
     with replacing(path) as part:
-        part.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"meta": json.dumps(plain(meta))}))  # `save_file` has a file of its own besides, which a kill would leave
+        # `save_file` has a file of its own besides, which a kill would leave
+        part.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"meta": json.dumps(plain(meta))}))
 
 
 def load_state(path) -> tuple:
@@ -129,5 +130,6 @@ def only_one(folder, name: str | None = None, who: str = "process"):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"another {who} is at work in {Path(folder) / (name or '')}: wait for it, or choose another runs_dir") from error
+            raise ValueError(f"another {who} is at work in {Path(folder) / (name or '')}: wait for it, "
+                             "or choose another runs_dir") from error
         yield

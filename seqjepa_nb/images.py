@@ -62,7 +62,8 @@ class ImageSet:
         if a.shape[1:] != b.shape[1:]:
             raise ValueError(f"test: images of {tuple(a.shape[1:])} expected, as in train, not {tuple(b.shape[1:])}")
         labels = {name: np.asarray(y) for name, y in (("train_labels", train_labels), ("test_labels", test_labels))}
-        labels = {name: np.array(y.tolist()) if y.dtype == object and len({*map(type, y.flat)}) == 1 else y for name, y in labels.items()}  # a column of a table
+        # a column of a table
+        labels = {name: np.array(y.tolist()) if y.dtype == object and len({*map(type, y.flat)}) == 1 else y for name, y in labels.items()}
         for (name, y), x in zip(labels.items(), (a, b)):
             if y.shape != (len(x),) or y.dtype.kind not in "iuUb":
                 raise ValueError(f"{name}: {len(x)} whole numbers or texts expected, one an image, not {y.dtype} of shape {y.shape}")
@@ -77,7 +78,8 @@ class ImageSet:
 
     @property
     def natural(self) -> bool:
-        """Whether the images reach to their borders, as photographs do, so that black coming in there would betray how an image was moved; digits end in black."""
+        """Whether the images reach to their borders, as photographs do, so that black coming in there would betray how an image
+        was moved; digits end in black."""
         edge = torch.ones(self.train.shape[-2:], dtype=torch.bool)
         edge[1:-1, 1:-1] = False
         return bool(to_float(self.train[:1000].cpu())[..., edge].mean() > 0.05)
@@ -103,7 +105,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def statistics(images: Tensor) -> tuple:
-    """Mean and standard deviation of each channel over the first 2 000 images (uint8, (n, c, h, w)), for pixels in [0, 1]; a deviation is at least 0.001."""
+    """Mean and standard deviation of each channel over the first 2 000 images (uint8, (n, c, h, w)), for pixels in [0, 1]; a
+    deviation is at least 0.001."""
     pixels = to_float(images[:2000]).transpose(0, 1).flatten(1)  # (c, n h w)
     return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp_min(1e-3).tolist())
 
@@ -122,19 +125,22 @@ def _pixels(name, x):
         raise ValueError(f"{name}: an array or tensor of images of one size expected ({error})") from error
     x = x[:, None] if x.ndim == 3 else x
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
-        raise ValueError(f"{name}: channels come first, (n, c, h, w), not {tuple(x.shape)}: x.transpose(0, 3, 1, 2) of an array brings them there")
+        raise ValueError(f"{name}: channels come first, (n, c, h, w), not {tuple(x.shape)}: "
+                         "x.transpose(0, 3, 1, 2) of an array brings them there")
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
         raise ValueError(f"{name}: images of shape (n, h, w) or (n, c, h, w) with c 1 or 3 expected, not {tuple(x.shape)}")
     if x.dtype == torch.uint8:
         return x.contiguous()
     if not x.is_floating_point() or not ((x >= 0) & (x <= 1)).all():
-        raise ValueError(f"{name}: uint8 in 0 to 255 or floats in [0, 1] expected, not {x.dtype}" + (f" from {x.min():g} to {x.max():g}" if x.is_floating_point() else ""))
+        raise ValueError(f"{name}: uint8 in 0 to 255 or floats in [0, 1] expected, not {x.dtype}"
+                         + (f" from {x.min():g} to {x.max():g}" if x.is_floating_point() else ""))
     return (x * 255).round().to(torch.uint8).contiguous()
 
 
 def normalise(x: Tensor, mean, std) -> Tensor:
     """Standardise pixels in [0, 1], of shape (..., c, h, w), and repeat a single channel to three: (..., 3, h, w)."""
-    mean, std = (torch.stack([x.new_full((1, 1), float(c)) for c in v]) for v in (mean, std))  # (c, 1, 1), filled on the device: a copy would make the host wait
+    # (c, 1, 1), filled on the device: a copy would make the host wait
+    mean, std = (torch.stack([x.new_full((1, 1), float(c)) for c in v]) for v in (mean, std))
     x = (x - mean) / std
     return x.expand(*x.shape[:-3], 3, *x.shape[-2:]) if x.shape[-3] == 1 else x
 
@@ -201,7 +207,8 @@ def _mnist_files(root, download=False):
 def _complete_mnist(root, raw, whole):
     for name in MNIST_MD5:
         if (raw / name).exists() and not whole(name):
-            raise ValueError(f"{raw / name} is damaged (its checksum differs from the official file's). Remove it to have it downloaded again.")
+            raise ValueError(f"{raw / name} is damaged (its checksum differs from the official file's). "
+                             "Remove it to have it downloaded again.")
     try:
         return _mnist_files(root, download=True), "mnist"
     except (RuntimeError, OSError) as error:
@@ -267,7 +274,8 @@ def _read_tree(top: Path, classes, mode):
 def _class_folders(top: Path):
     folders = [d for d in sorted(top.iterdir()) if d.is_dir() and not d.name.startswith(".") and any(f.is_file() for f in d.iterdir())]
     if unread := [d.name for d in folders if not _images(d)]:
-        raise ValueError(f"{top} holds folders of files none of which is called an image: {', '.join(unread)}. Images end in {', '.join(sorted(SUFFIXES))}.")
+        raise ValueError(f"{top} holds folders of files none of which is called an image: {', '.join(unread)}. "
+                         f"Images end in {', '.join(sorted(SUFFIXES))}.")
     if len(folders) < 2:
         raise ValueError(f"{top} holds {len(folders)} class folders with images; at least 2 are needed "
                          f"(expected {top}/<class>/*.png, or {top}/train/<class>/* and {top}/test/<class>/*).")
@@ -276,10 +284,12 @@ def _class_folders(top: Path):
 
 def _folder(top: Path):
     if not top.is_dir():
-        raise ValueError(f"{top} is not a folder. `dataset` is 'mnist', 'cifar10' or the path of a folder of images by class, or a name for images given to `fit`, which then takes them each time.")
+        raise ValueError(f"{top} is not a folder. `dataset` is 'mnist', 'cifar10' or the path of a folder of images by class, "
+                         "or a name for images given to `fit`, which then takes them each time.")
     parts = [name for name in ("train", "test") if (top / name).is_dir() and not _images(top / name)]
     if len(parts) == 1:
-        raise ValueError(f"{top} has {parts[0]} and no {'test' if parts == ['train'] else 'train'}: expected {top}/train/<class>/* and {top}/test/<class>/*, or {top}/<class>/* to have it split.")
+        raise ValueError(f"{top} has {parts[0]} and no {'test' if parts == ['train'] else 'train'}: "
+                         f"expected {top}/train/<class>/* and {top}/test/<class>/*, or {top}/<class>/* to have it split.")
     places = [top / name for name in parts] or [top]
     classes, *others = map(_class_folders, places)
     if others and (odd := set(classes) ^ set(others[0])):
@@ -319,7 +329,8 @@ def _cifar10(root):
                 try:
                     download_and_extract_archive(CIFAR_URL, root, md5=CIFAR_MD5)
                 except (RuntimeError, OSError) as error:
-                    raise ValueError(f"CIFAR-10 is not in {root} and can't be downloaded ({error}). Put the official cifar-10-batches-bin there, "
+                    raise ValueError(f"CIFAR-10 is not in {root} and can't be downloaded ({error}). "
+                                     "Put the official cifar-10-batches-bin there, "
                                      f"or images as {tree}/train/<class>/* and {tree}/test/<class>/*.") from error
     for f in names:
         if not f.exists():
@@ -335,7 +346,8 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
     dataset : str
         'mnist', 'cifar10', or the path of a folder of images by class.
     n_train, n_test : int, optional
-        How many images to draw, by a shuffle with seed 42 (training) and 43 (test), as the original did; None for all, shuffled too: files may lie class after class.
+        How many images to draw, by a shuffle with seed 42 (training) and 43 (test), as the original did; None for all, shuffled
+        too: files may lie class after class.
     root : path, optional
         Where data sets live; see `data_root`.
 
@@ -352,7 +364,8 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
         if n is not None and n < 1:
             raise ValueError(f"{what} is a whole number of at least 1, or None for all, not {n}")
     if not isinstance(dataset, (str, os.PathLike)):
-        raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not {type(dataset).__name__}: arrays go into `ImageSet.from_arrays` and then to `fit(config, images=...)`, or into such a folder")
+        raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not {type(dataset).__name__}: "
+                         "arrays go into `ImageSet.from_arrays` and then to `fit(config, images=...)`, or into such a folder")
     top, classes = data_root(root), tuple(str(i) for i in range(10))
     if dataset == "mnist":
         (a, la, b, lb), source = _mnist(top)
@@ -366,11 +379,14 @@ def load_images(dataset: str = "mnist", n_train: int | None = None, n_test: int 
     short = {what: (n, len(x)) for what, n, x in (("train", n_train, a), ("test", n_test, b)) if n is not None and n > len(x)}
     if short:
         raise ValueError("; ".join(f"{n} {what} images asked for, {there} there" for what, (n, there) in short.items())
-                         + f". Choose a smaller preset or override {', '.join(f'n_{what}: {there}' for what, (_, there) in short.items())}; a run needs 64 to train on and 32 to test at least.")
+                         + ". Choose a smaller preset or override "
+                         f"{', '.join(f'n_{what}: {there}' for what, (_, there) in short.items())}; "
+                         "a run needs 64 to train on and 32 to test at least.")
     a, la = _draw(a, la, n_train, 42)
     b, lb = _draw(b, lb, n_test, 43)
     if not len(b):
-        raise ValueError(f"{dataset}: no image is left for the test, which takes every fifth of a class. Put some into {dataset}/test/<class>, the others into {dataset}/train/<class>.")
+        raise ValueError(f"{dataset}: no image is left for the test, which takes every fifth of a class. "
+                         f"Put some into {dataset}/test/<class>, the others into {dataset}/train/<class>.")
     if source == "folder":
         mean, std = statistics(a)
     return ImageSet(a, la, b, lb, classes, source, mean, std)

@@ -26,7 +26,8 @@ def epoch_generator(config: Config, epoch: int) -> torch.Generator:
 
 
 def draw_poses(config: Config, n: int, limits, generator: torch.Generator) -> Tensor:
-    """Poses (n, v, 4) of n sequences, from the identity; of the arm without action labels, rotations that begin anywhere and go on steadily from view to view, by half the range at most."""
+    """Poses (n, v, 4) of n sequences, from the identity; of the arm without action labels, rotations that begin anywhere and go
+    on steadily from view to view, by half the range at most."""
     poses = sample_poses(n, config.views, limits, generator, config.integer)
     if config.group == "inferred":
         poses[..., 0] = wrap(poses[:, 2:3, 0] + poses[:, 1:2, 0] / 2 * torch.arange(config.views, device=poses.device))
@@ -45,10 +46,13 @@ class Learner(nn.Module):
         super().__init__()
         self.told = config.group != "inferred"  # else no gradient of what reads actions reaches the pose codes
         self.model = SeqJEPA(config.width, config.target, config.decay, encoder=config.encoder,
-                             factors=MODES[config.mode] if config.group != "none" or config.encoder == "matching" else (), planes=config.planes, content_norm=config.content_norm, slow=config.slow, aggregator=config.aggregator, predictor=config.predictor, dropout=config.dropout)
+                             factors=MODES[config.mode] if config.group != "none" or config.encoder == "matching" else (),
+                             planes=config.planes, content_norm=config.content_norm, slow=config.slow,
+                             aggregator=config.aggregator, predictor=config.predictor, dropout=config.dropout)
         if config.rate_on == "projector":
             d = self.model.agg_dim
-            self.projector = nn.Sequential(nn.Linear(d, 2 * d, bias=False), nn.BatchNorm1d(2 * d), nn.ReLU(inplace=True), nn.Linear(2 * d, 128))
+            self.projector = nn.Sequential(nn.Linear(d, 2 * d, bias=False), nn.BatchNorm1d(2 * d),
+                                           nn.ReLU(inplace=True), nn.Linear(2 * d, 128))
         if config.group == "generator":
             self.generator = Generator(2 * config.planes)
         if config.objective == "labels":
@@ -63,8 +67,8 @@ class Learner(nn.Module):
         return self.model.foresee(seen, processes.gather(target), actions)._replace(z=z)
 
 
-RATES = {"published": coding_rate, "normalised": normalised_rate, "vicreg": lambda z: -vicreg_penalty(z), "sigreg": lambda z: -sigreg_penalty(z),
-         "none": lambda z: z.new_zeros(())}
+RATES = {"published": coding_rate, "normalised": normalised_rate, "vicreg": lambda z: -vicreg_penalty(z),
+         "sigreg": lambda z: -sigreg_penalty(z), "none": lambda z: z.new_zeros(())}
 
 
 def rate_of(config: Config, learner: Learner, out) -> Tensor:
@@ -85,7 +89,8 @@ def pose_loss(config: Config, learner: Learner, pose: Tensor, poses: Tensor) -> 
         return {"turn": (config.turn_weight, generator_loss(learner.generator, pose, to_last)), "spread": (-0.1, spread)}
     factors = MODES[config.mode]
     to_last = relative_action(poses, poses[:, -1:].expand_as(poses))
-    return {"turn": (config.turn_weight, turn_loss(pose, to_last, factors, config.slow, config.scale_gain)), "phase": (config.phase_weight, phase_loss(pose[:, 0], factors, config.slow))}
+    return {"turn": (config.turn_weight, turn_loss(pose, to_last, factors, config.slow, config.scale_gain)),
+            "phase": (config.phase_weight, phase_loss(pose[:, 0], factors, config.slow))}
 
 
 def loss_of(config: Config, learner: Learner, out, poses: Tensor, labels: Tensor) -> tuple:
@@ -94,15 +99,18 @@ def loss_of(config: Config, learner: Learner, out, poses: Tensor, labels: Tensor
         seen = poses[:, :-1]
         truth = torch.cat([pose_targets(seen, f) for f in ("rotation", "x", "y", "scale")], -1)  # (b, v-1, 5)
         each = labels[:, None].expand(seen.shape[:2]).flatten()
-        parts = {"class": F.cross_entropy(learner.class_agg(out.z_agg).float(), labels) + F.cross_entropy(learner.class_view(out.z).float().flatten(0, 1), each),
+        parts = {"class": F.cross_entropy(learner.class_agg(out.z_agg).float(), labels)
+                 + F.cross_entropy(learner.class_view(out.z).float().flatten(0, 1), each),
                  "pose": F.mse_loss(learner.pose(out.z).float(), truth)}
         return parts["class"] + parts["pose"], parts
-    parts = {"prediction": 1 - F.cosine_similarity(out.prediction.float(), out.target.float()).mean(), "rate": rate_of(config, learner, out)}
+    parts = {"prediction": 1 - F.cosine_similarity(out.prediction.float(), out.target.float()).mean(),
+             "rate": rate_of(config, learner, out)}
     loss = config.predict_weight * parts["prediction"] - config.rate_weight * parts["rate"]
     if config.group != "none":
         pose, content = out.z.split([learner.model.pose_dim, learner.model.dim - learner.model.pose_dim], -1)
         asked = pose_loss(config, learner, pose, poses[:, :-1])
-        asked |= {"stay": (config.stay_weight, stay_loss(content)), "content_rate": (-config.content_rate_weight, normalised_rate(content.mean(1)))}
+        asked |= {"stay": (config.stay_weight, stay_loss(content)),
+                  "content_rate": (-config.content_rate_weight, normalised_rate(content.mean(1)))}
         loss = loss + sum(weight * value for weight, value in asked.values())
         parts |= {name: value for name, (_, value) in asked.items()}
     return loss, parts

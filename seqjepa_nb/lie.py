@@ -51,7 +51,8 @@ def real_numbers(values, name: str, device: str, dtype: str) -> Tensor:
 
 
 def pixel_rows(images, name: str, device: str, dtype: str) -> Tensor:
-    """Images (m, ...) as rows (m, D) of real, finite numbers on the device; ValueError also if there are none, or if the dtype cannot hold their squares."""
+    """Images (m, ...) as rows (m, D) of real, finite numbers on the device; ValueError also if there are none, or if the
+    dtype cannot hold their squares."""
     x = real_numbers(images, name, device, dtype)
     if x.ndim < 2 or not len(x):
         raise ValueError(f"{name}: images (m, D), (m, h, w) or (m, 1, h, w) expected, not {tuple(x.shape)}")
@@ -69,13 +70,15 @@ def unit(x: Tensor) -> tuple:
 
 # %% ../nbs/09_lie.ipynb #eaf39864
 def nearest(x: Tensor, neighbours: int) -> Tensor:
-    """Which other rows are nearest to each of the unit rows x (m, D): indices (m, neighbours); of no more rows than that all m, each among its own."""
+    """Which other rows are nearest to each of the unit rows x (m, D): indices (m, neighbours); of no more rows than
+    that all m, each among its own."""
     near = [(rows @ x.T).topk(min(neighbours + 1, len(x)), 1).indices[:, -min(neighbours, len(x)):] for rows in x.split(500)]
     return torch.cat(near)
 
 
 def first_planes(x: Tensor, planes: int, jitter: float, seed: int) -> Tensor:
-    """Principal components of unit rows (m, D) as planes (D, 2L), first coordinates of all planes, then second ones, the strongest first; `jitter` shuffles their order a little."""
+    """Principal components of unit rows (m, D) as planes (D, 2L), first coordinates of all planes, then second ones, the
+    strongest first; `jitter` shuffles their order a little."""
     g = torch.Generator().manual_seed(seed)
     some = x[torch.randperm(len(x), generator=g)[:3000].to(x.device)]
     principal = torch.linalg.svd(some, full_matrices=False)[2].T
@@ -86,7 +89,8 @@ def first_planes(x: Tensor, planes: int, jitter: float, seed: int) -> Tensor:
 
 @torch.no_grad()
 def first_templates(x: Tensor, templates: int, planes: Tensor, torus: Torus, seed: int) -> Tensor:
-    """Templates (D, K) that lie far apart, whatever s: each of the unit rows x (m, D) is drawn in proportion to the square of what R(s) fails to take the drawn ones to."""
+    """Templates (D, K) that lie far apart, whatever s: each of the unit rows x (m, D) is drawn in proportion to the square of
+    what R(s) fails to take the drawn ones to."""
     g, x = torch.Generator().manual_seed(seed), x[x.any(1)]  # black images have no pattern
     some = unit(x[torch.randperm(len(x), generator=g)[:400].to(x.device)] @ planes)[0]
     z, far, drawn = as_complex(some), some.new_full((len(some),), 1.0), []
@@ -115,9 +119,11 @@ def _mark(x):
 
 
 class LieSparseCoder(TransformerMixin, BaseEstimator):
-    """Templates, planes and a torus of transformations learned from images, without labels (Chau, Qiu, Chen and Olshausen 2020, arXiv 2012.12071).
+    """Templates, planes and a torus of transformations learned from images, without labels (Chau, Qiu, Chen and
+    Olshausen 2020, arXiv 2012.12071).
 
-    An image is a sum of templates, each as much as alpha says, whose coordinates in the planes W are turned by R(s), plus noise: I = W R(s) W' Phi alpha + noise.
+    An image is a sum of templates, each as much as alpha says, whose coordinates in the planes W are turned by R(s), plus noise:
+    I = W R(s) W' Phi alpha + noise.
 
     Parameters
     ----------
@@ -140,7 +146,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
     restarts, restart_epochs : int
         How many draws of templates, and passes with each.
     epochs : int
-        Passes over the data with the best of them; what is kept is the restart or the epoch with the lowest objective on the first 1 000 images.
+        Passes over the data with the best of them; what is kept is the restart or the epoch with the lowest
+        objective on the first 1 000 images.
     jitter : float
         How much the order of the principal components, where the planes begin, is shuffled.
     seed : int
@@ -152,30 +159,41 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    What was learned: ``planes_`` (W, (D, 2L), first coordinates of all planes, then second ones), ``templates_`` (Phi, (D, K)), ``omega_`` (frequencies, (L, n)),
-    ``history_`` (a row an epoch, as means over its steps, ``snr`` with the posterior mean of R(s); its ``phase`` is pairs, restart or best, after "first " those of other images), ``restarts_`` (the end of each restart) and ``image_shape_`` (of one image).
+    What was learned: ``planes_`` (W, (D, 2L), first coordinates of all planes, then second ones),
+    ``templates_`` (Phi, (D, K)), ``omega_`` (frequencies, (L, n)), ``history_`` (a row an epoch, as means over its steps,
+    ``snr`` with the posterior mean of R(s); its ``phase`` is pairs, restart or best, after "first " those of other images),
+    ``restarts_`` (the end of each restart) and ``image_shape_`` (of one image).
 
-    The sums that these came from are kept and saved as well: `partial_fit` goes on from them. Where there are none (`known`, and files of `save_pretrained` without them) the model itself stands for the images that it came from,
-    with the weight at which the sums settle, ``batch / (1 - memory)`` images: each a template at any s, all equally often.
+    The sums that these came from are kept and saved as well: `partial_fit` goes on from them. Where there are none (`known`, and
+    files of `save_pretrained` without them) the model itself stands for the images that it came from, with the weight at which
+    the sums settle, ``batch / (1 - memory)`` images: each a template at any s, all equally often.
     """
 
     __metadata_request__fit = {"checkpoint": UNUSED, "first": UNUSED}
     __metadata_request__inverse_transform = {"code": UNUSED}
 
-    def __init__(self, templates=10, torus=2, planes=128, multiplicity=1, reach=None, grid=50, sigma=0.1, sparsity=10.0, steps=10, start=0.01, batch=200, memory=0.75, last_memory=0.95,
-                 neighbours=25, pair_epochs=30, restarts=5, restart_epochs=5, epochs=20, jitter=0.1, seed=0, device="auto", dtype="float32", verbose=True):
-        self.templates, self.torus, self.planes, self.multiplicity, self.reach, self.grid = templates, torus, planes, multiplicity, reach, grid
-        self.sigma, self.sparsity, self.steps, self.start, self.batch, self.memory, self.last_memory = sigma, sparsity, steps, start, batch, memory, last_memory
-        self.neighbours, self.pair_epochs, self.restarts, self.restart_epochs, self.epochs, self.jitter = neighbours, pair_epochs, restarts, restart_epochs, epochs, jitter
+    def __init__(self, templates=10, torus=2, planes=128, multiplicity=1, reach=None, grid=50, sigma=0.1, sparsity=10.0,
+                 steps=10, start=0.01, batch=200, memory=0.75, last_memory=0.95, neighbours=25, pair_epochs=30, restarts=5,
+                 restart_epochs=5, epochs=20, jitter=0.1, seed=0, device="auto", dtype="float32", verbose=True):
+        self.templates, self.torus, self.planes, self.multiplicity, self.reach, self.grid = (
+            templates, torus, planes, multiplicity, reach, grid)
+        self.sigma, self.sparsity, self.steps, self.start, self.batch, self.memory, self.last_memory = (
+            sigma, sparsity, steps, start, batch, memory, last_memory)
+        self.neighbours, self.pair_epochs, self.restarts, self.restart_epochs, self.epochs, self.jitter = (
+            neighbours, pair_epochs, restarts, restart_epochs, epochs, jitter)
         self.seed, self.device, self.dtype, self.verbose = seed, device, dtype, verbose
 
     def _check(self, pixels=None):
         """ValueError unless the parameters are valid; with `pixels`, for images of so many."""
-        least = {"templates": 1, "torus": 1, "planes": 1, "multiplicity": 1, "grid": 3, "steps": 1, "batch": 1, "neighbours": 1, "pair_epochs": 0, "restarts": 1, "restart_epochs": 1, "epochs": 0, "seed": 0}
+        least = {"templates": 1, "torus": 1, "planes": 1, "multiplicity": 1, "grid": 3, "steps": 1, "batch": 1,
+                 "neighbours": 1, "pair_epochs": 0, "restarts": 1, "restart_epochs": 1, "epochs": 0, "seed": 0}
         for name, low in least.items():
             check_whole(low, **{name: getattr(self, name)})
-        number = lambda name, good: isinstance(getattr(self, name), Real) and not isinstance(getattr(self, name), bool) and math.isfinite(getattr(self, name)) and good(getattr(self, name))
-        for names, good, what in ((("sigma", "start"), lambda v: v > 0, "above 0"), (("sparsity", "jitter"), lambda v: v >= 0, "of at least 0"), (("memory", "last_memory"), lambda v: 0 <= v < 1, "of at least 0 and below 1")):
+        number = lambda name, good: (isinstance(getattr(self, name), Real) and not isinstance(getattr(self, name), bool)
+                                     and math.isfinite(getattr(self, name)) and good(getattr(self, name)))
+        for names, good, what in ((("sigma", "start"), lambda v: v > 0, "above 0"),
+                                  (("sparsity", "jitter"), lambda v: v >= 0, "of at least 0"),
+                                  (("memory", "last_memory"), lambda v: 0 <= v < 1, "of at least 0 and below 1")):
             for name in names:
                 if not number(name, good):
                     raise ValueError(f"{name} is a number {what}, not {getattr(self, name)!r}")
@@ -183,7 +201,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             raise ValueError(f"torus is 1, 2 or 3, not {self.torus}: the posterior's grid has grid ** torus points")
         known_dtype(self.dtype)
         if pixels is not None and 2 * self.planes > pixels:
-            raise ValueError(f"planes = {self.planes} need {2 * self.planes} orthogonal directions, images of {pixels} pixels have {pixels}: planes is at most {pixels // 2}")
+            raise ValueError(f"planes = {self.planes} need {2 * self.planes} orthogonal directions, "
+                             f"images of {pixels} pixels have {pixels}: planes is at most {pixels // 2}")
         Torus(frequencies(self.torus, self.planes, self.multiplicity, self.reach), self.grid)  # says what does not fit
 
     def _rows(self, X):
@@ -199,9 +218,11 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             raise NotFittedError("this LieSparseCoder has learned nothing yet: call fit first")
         self._check(len(self.planes_))
         if changed := [n for n in self._shape if getattr(self, n) != self._shape[n]]:
-            raise ValueError(f"learned with {', '.join(f'{n} = {self._shape[n]}' for n in changed)}, set to {', '.join(str(getattr(self, n)) for n in changed)} since: call fit again")
+            raise ValueError(f"learned with {', '.join(f'{n} = {self._shape[n]}' for n in changed)}, "
+                             f"set to {', '.join(str(getattr(self, n)) for n in changed)} since: call fit again")
         before, place = self.planes_, dict(device=resolve_device(self.device), dtype=known_dtype(self.dtype))
-        self.planes_, self.templates_, self._sums = before.to(**place), self.templates_.to(**place), {k: v.to(**place) for k, v in self._sums.items()}
+        self.planes_, self.templates_, self._sums = (before.to(**place), self.templates_.to(**place),
+                                                     {k: v.to(**place) for k, v in self._sums.items()})
         if self.planes_ is not before or self._torus.grid != self.grid:
             self._frame(self.planes_)
 
@@ -220,7 +241,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     def _begin(self, x):
         """Planes to begin with, from unit rows, and no templates yet."""
-        self.planes_, self.templates_, self._sums = first_planes(x, self.planes, self.jitter, self.seed), x.new_zeros(x.shape[1], self.templates), {}
+        self.planes_, self.templates_, self._sums = (first_planes(x, self.planes, self.jitter, self.seed),
+                                                     x.new_zeros(x.shape[1], self.templates), {})
 
     def _state(self):
         """The tensors that a file keeps of what was learned."""
@@ -245,14 +267,16 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     @torch.no_grad()
     def _learn(self, x, memory, pair=None):
-        """One step on unit rows, explained by templates or each by its `pair`, that keeps the share `memory` of the sums; (F, squared length, squared residual, active templates), each the mean of the batch."""
+        """One step on unit rows, explained by templates or each by its `pair`, that keeps the share `memory` of the sums; (F,
+        squared length, squared residual, active templates), each the mean of the batch."""
         if pair is None:
             u, v, alpha = self._infer(x)
         else:
             u, v, alpha = as_complex(pair @ self.planes_), as_complex(x @ self.planes_), x.new_zeros(len(x), 0)
         log_mean, moments = self._torus.moments(u * v.conj() / self.sigma**2)
         seen, back, size = as_real(moments * u), as_real(moments.conj() * v), x.square().sum(1)
-        numbers = ((size + u.abs().square().sum(1)) / (2 * self.sigma**2) - log_mean + self.sparsity * alpha.sum(1), size, (x - seen @ self.planes_.T).square().sum(1), (alpha > 1e-3).to(x.dtype).sum(1))
+        numbers = ((size + u.abs().square().sum(1)) / (2 * self.sigma**2) - log_mean + self.sparsity * alpha.sum(1), size,
+                   (x - seen @ self.planes_.T).square().sum(1), (alpha > 1e-3).to(x.dtype).sum(1))
         gathered = lambda name, new: self._sums.setdefault(name, torch.zeros_like(new)).mul_(memory).add_(new)
         coordinates = self.planes_.T @ self.templates_
         if pair is None:  # templates first, then the planes for them: each is the best given the other
@@ -275,14 +299,17 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             tick()
         f, size, rest, active = torch.stack(kept).double().mean(0).tolist()
         if not math.isfinite(f):
-            raise FloatingPointError(f"the likelihood was not finite in an epoch of {len(kept)} steps. Try a larger sigma than {self.sigma:g}")
+            raise FloatingPointError(f"the likelihood was not finite in an epoch of {len(kept)} steps. "
+                                     f"Try a larger sigma than {self.sigma:g}")
         gap = self.planes_.T @ self.planes_ - torch.eye(2 * self.planes, dtype=x.dtype, device=x.device)
         return {"objective": f, "snr": size / max(rest, 1e-12), "active": active, "orthonormality": float(gap.abs().max())}
 
     def fit(self, X, y=None, checkpoint=None, first=None):
-        """Learn from images (m, D), (m, h, w) or (m, c, h, w), all channels as pixels; `checkpoint` names a file to go on from and to keep the state of each epoch in.
+        """Learn from images (m, D), (m, h, w) or (m, c, h, w), all channels as pixels; `checkpoint` names a file to go on from
+        and to keep the state of each epoch in.
 
-        With `first`, other images of the same size such as a few patterns in many poses, all is learned from these before; the planes found there take the place of those from pairs.
+        With `first`, other images of the same size such as a few patterns in many poses, all is learned from these before; the
+        planes found there take the place of those from pairs.
 
         Raises
         ------
@@ -304,7 +331,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         self.image_shape_ = tuple(np.shape(X)[1:])
         self._frame(x)
         plan = self._plan(first is not None)
-        bar = logs.progress(sum(math.ceil(len(rows_of[stage]) / self.batch) for stage, *_ in plan[done:]) if self.verbose else 0, "planes and templates")
+        bar = logs.progress(sum(math.ceil(len(rows_of[stage]) / self.batch) for stage, *_ in plan[done:]) if self.verbose else 0,
+                            "planes and templates")
         try:
             for i, (stage, phase, restart, epoch) in list(enumerate(plan))[done:]:
                 clock, rows = time.perf_counter(), rows_of[stage]
@@ -312,7 +340,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
                     if restart == 0:
                         kept = {"start": kept.get("planes", self.planes_).clone()}
                     self.planes_ = kept["start"].clone()
-                    self.templates_, self._sums = first_templates(rows, self.templates, self.planes_, self._torus, self.seed * 1009 + restart), {}
+                    self.templates_, self._sums = first_templates(rows, self.templates, self.planes_, self._torus,
+                                                                  self.seed * 1009 + restart), {}
                 if phase == "best" and epoch == 0:
                     self.planes_, self.templates_, self._sums = kept["planes"].clone(), kept["templates"].clone(), {}
                 row = self._pass(rows, self.seed * 100_003 + i, bar.update, near if phase == "pairs" else None, self._memory(phase, epoch))
@@ -335,18 +364,23 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return self
 
     def _plan(self, first):
-        """The epochs of a fit, (stage, phase, restart, epoch of the phase) each: all phases on the first images, then all but the pairs on the others; without first images, all on these."""
+        """The epochs of a fit, (stage, phase, restart, epoch of the phase) each: all phases on the first images, then all but the
+        pairs on the others; without first images, all on these."""
         pairs = [("pairs", -1, e) for e in range(self.pair_epochs)]
-        learn = [("restart", r, e) for r in range(self.restarts) for e in range(self.restart_epochs)] + [("best", -1, e) for e in range(self.epochs)]
+        learn = ([("restart", r, e) for r in range(self.restarts) for e in range(self.restart_epochs)]
+                 + [("best", -1, e) for e in range(self.epochs)])
         return [("first ", *p) for p in pairs + learn] + [("", *p) for p in learn] if first else [("", *p) for p in pairs + learn]
 
     def _memory(self, phase, epoch):
         """What an epoch's steps keep of the sums: `memory`, and with the best restart up to `last_memory`."""
-        return 1 - (1 - self.memory) * ((1 - self.last_memory) / (1 - self.memory)) ** (epoch / max(1, self.epochs - 1)) if phase == "best" else self.memory
+        return (1 - (1 - self.memory) * ((1 - self.last_memory) / (1 - self.memory)) ** (epoch / max(1, self.epochs - 1))
+                if phase == "best" else self.memory)
 
     def _keep(self, path, kept, x):
         """Write a fit's checkpoint: its state, what is `kept` of the best, its history, and what it belongs to."""
-        files.save_state(path, self._state() | {f"kept/{k}": v for k, v in kept.items()}, {"history": self.history_, "restarts": self.restarts_, "seconds": {"training": self.train_s_}, "params": self.get_params(), "images": _mark(x)})
+        files.save_state(path, self._state() | {f"kept/{k}": v for k, v in kept.items()},
+                         {"history": self.history_, "restarts": self.restarts_, "seconds": {"training": self.train_s_},
+                          "params": self.get_params(), "images": _mark(x)})
 
     def _restore(self, path, x):
         """(epochs done, what is kept of the best), as the checkpoint says; none where there is no such file."""
@@ -366,9 +400,11 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return len(self.history_), _under("kept/", tensors)
 
     def partial_fit(self, X, y=None):
-        """One pass over more images, which goes on from what was learned; the first call of all begins with what it is given, pairs included.
+        """One pass over more images, which goes on from what was learned; the first call of all begins with
+        what it is given, pairs included.
 
-        Each `batch` of images keeps the share `memory` of the sums, fewer images keep as much more: a few of them move a model little, thousands replace what it was learned from.
+        Each `batch` of images keeps the share `memory` of the sums, fewer images keep as much more: a few of them move a model
+        little, thousands replace what it was learned from.
 
         Raises
         ------
@@ -389,12 +425,14 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
             for i in range(self.pair_epochs):
                 self._pass(rows, self.seed * 100_003 + i, lambda: None, near)
             self.templates_, self._sums = first_templates(rows, self.templates, self.planes_, self._torus, self.seed), {}
-        row = self._pass(rows, self.seed * 100_003 + self.pair_epochs + len(self.history_), lambda: None, memory=self.memory ** min(1, len(rows) / self.batch))
+        row = self._pass(rows, self.seed * 100_003 + self.pair_epochs + len(self.history_), lambda: None,
+                         memory=self.memory ** min(1, len(rows) / self.batch))
         self.history_.append({"epoch": len(self.history_) + 1, "phase": "best", "restart": -1} | row)
         return self
 
     def _chunks(self, X, points=None):
-        """Rows in parts of 500, or of fewer where so many posteriors of `points` numbers, by default those of the grid, are more than `BUDGET`."""
+        """Rows in parts of 500, or of fewer where so many posteriors of `points` numbers, by default those of the
+        grid, are more than `BUDGET`."""
         self._ready()
         return self._rows(X).split(min(500, max(1, BUDGET // (points or self.grid**self.torus))))
 
@@ -446,7 +484,9 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
 
     @torch.no_grad()
     def evaluate(self, X) -> dict:
-        """Of images brought to unit length, with moments on twice the grid (a good model's posterior is narrower than a step of it): `objective` (the mean negative log posterior of image and alpha), and signal to noise: `snr` with the most probable s, `snr_mean` with the posterior mean of R(s), `snr_each` the same as the mean of the images' own ratios."""
+        """Of images brought to unit length, with moments on twice the grid (a good model's posterior is narrower than a step of
+        it): `objective` (the mean negative log posterior of image and alpha), and signal to noise: `snr` with the most probable
+        s, `snr_mean` with the posterior mean of R(s), `snr_each` the same as the mean of the images' own ratios."""
         self._ready()
         total, fine = torch.zeros(5, dtype=torch.float64), Torus(self.omega_, 2 * self.grid)
         for x in self._chunks(X, math.prod(fine.flat)):
@@ -462,7 +502,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return {"objective": f / len(X), "snr": size / max(mode, 1e-12), "snr_mean": size / max(mean, 1e-12), "snr_each": each / len(X)}
 
     def score(self, X, y=None) -> float:
-        """Signal to noise with the most probable s: the mean squared length of images, brought to unit length, over that of what is left of them."""
+        """Signal to noise with the most probable s: the mean squared length of images, brought to unit length, over
+        that of what is left of them."""
         return self.evaluate(X)["snr"]
 
     def save_pretrained(self, folder):
@@ -489,7 +530,8 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         return model
 
     def known(self, planes: Tensor, templates: Tensor, image_shape=None):
-        """Take these planes (D, 2L), with orthonormal columns, and templates (D, K) for learned; images have `image_shape`, by default (D,).
+        """Take these planes (D, 2L), with orthonormal columns, and templates (D, K) for learned; images have
+        `image_shape`, by default (D,).
 
         Raises
         ------
@@ -500,8 +542,10 @@ class LieSparseCoder(TransformerMixin, BaseEstimator):
         planes, templates = torch.as_tensor(planes), torch.as_tensor(templates)
         self._check(len(planes))
         if planes.shape[1:] != (2 * self.planes,) or templates.shape != (len(planes), self.templates):
-            raise ValueError(f"planes ({len(planes)}, {2 * self.planes}) and templates ({len(planes)}, {self.templates}) expected, not {tuple(planes.shape)} and {tuple(templates.shape)}")
-        if (gap := (planes.double().T @ planes.double() - torch.eye(2 * self.planes, dtype=torch.float64, device=planes.device)).abs().max()).isnan() or gap > 1e-3:
+            raise ValueError(f"planes ({len(planes)}, {2 * self.planes}) and templates ({len(planes)}, {self.templates}) expected, "
+                             f"not {tuple(planes.shape)} and {tuple(templates.shape)}")
+        if (gap := (planes.double().T @ planes.double() - torch.eye(2 * self.planes, dtype=torch.float64, device=planes.device))
+            .abs().max()).isnan() or gap > 1e-3:
             raise ValueError(f"planes: orthonormal columns expected; these are off by {gap:.1e}")
         if not templates.isfinite().all():
             raise ValueError("templates hold NaN or infinity")

@@ -17,7 +17,8 @@ from .torus import pose_dims
 
 # %% ../nbs/03_matching.ipynb #4db451a5
 class MatchingEncoder(nn.Module):
-    """The pose of the best of k templates, in the layout of `torus.act`, and the best correlation with each: (n, 3, h, w) -> (n, 8 * width), k = 8 * width - `torus.pose_dims(factors)`.
+    """The pose of the best of k templates, in the layout of `torus.act`, and the best correlation with each: (n, 3, h, w) ->
+    (n, 8 * width), k = 8 * width - `torus.pose_dims(factors)`.
 
     Images are averaged over channels and brought to 28x28; `fit` before use.
 
@@ -51,22 +52,27 @@ class MatchingEncoder(nn.Module):
             raise ValueError(f"{len(x)} images are too few for the {len(self.templates)} templates of matching at this width")
         seen = self._see(x[:len(self.templates)])
         self.templates.copy_(seen - seen.amin((1, 2, 3), keepdim=True))  # so that what a pose brings in is as dark as the darkest point
-        self.limits.copy_(torch.tensor([limits.rotation, limits.shift * 28 / x.shape[-1], *limits.log_scale, limits.padding == "reflection"]))
+        self.limits.copy_(torch.tensor([limits.rotation, limits.shift * 28 / x.shape[-1], *limits.log_scale,
+                                        limits.padding == "reflection"]))
         self._lay()
 
     def _lay(self):
-        """Lay the grid out: poses (g, 4), shifts (o, 2) in coarse pixels, templates there (k * g, m * m), and their lengths at each shift (o, k * g)."""
+        """Lay the grid out: poses (g, 4), shifts (o, 2) in coarse pixels, templates there (k * g, m * m), and their
+        lengths at each shift (o, k * g)."""
         rotation, shift, low, high, mirrored = self.limits.tolist()
         self.padding, self.coarse, self.reach = "reflection" if mirrored else "zeros", 2 if shift else 1, math.ceil(shift / 2)
         step, whole = 2 * math.pi * self.coarse / self.turns, rotation > math.pi - 1e-3
         n = round(2 * rotation / step)
         angles = torch.linspace(-rotation, rotation, n + 1)[:n if whole else None]  # all the way round, the last is the first
-        poses = torch.cartesian_prod(angles, torch.zeros(1), torch.zeros(1), torch.linspace(low, high, round((high - low) / self.log_step) + 1))  # (g, 4)
+        poses = torch.cartesian_prod(angles, torch.zeros(1), torch.zeros(1),
+                                     torch.linspace(low, high, round((high - low) / self.log_step) + 1))  # (g, 4)
         steps = torch.tensor([step * (rotation > 0), 2 * (shift > 0), 2 * (shift > 0), self.log_step * (high > low)])
-        self.grid, self.near = poses.to(self.templates), (torch.cartesian_prod(*[torch.tensor([-0.5, 0, 0.5]) * s if s else torch.zeros(1) for s in steps])).to(self.templates)
+        self.grid, self.near = poses.to(self.templates), (
+            torch.cartesian_prod(*[torch.tensor([-0.5, 0, 0.5]) * s if s else torch.zeros(1) for s in steps])).to(self.templates)
         around = torch.arange(-self.reach, self.reach + 1)
         self.shifts = torch.cartesian_prod(around, around).to(self.templates)
-        moved = F.avg_pool2d(warp(self.templates, self.grid.expand(len(self.templates), -1, -1), self.padding).flatten(0, 2), self.coarse)  # (k * g, m, m)
+        # (k * g, m, m)
+        moved = F.avg_pool2d(warp(self.templates, self.grid.expand(len(self.templates), -1, -1), self.padding).flatten(0, 2), self.coarse)
         self.bank = moved.flatten(1)
         self.lengths = torch.stack([(t - t.mean(1, keepdim=True)).norm(dim=1) for t in self._shifted(moved, -1)]).clamp(min=1e-6)
         self.chunk = max(1, 2**24 // self.lengths.numel())  # images at a time
@@ -99,5 +105,6 @@ class MatchingEncoder(nn.Module):
         """See the class."""
         pose, best = (torch.cat(parts) for parts in zip(*map(self._look, self._see(x).split(self.chunk))))
         turn, shift, log_s = pose.split([1, 2, 1], 1)
-        parts = {"rotation": torch.cat([turn.cos(), turn.sin()], 1), "x": shift[:, :1] * (x.shape[-1] / 28 / MAX_SHIFT), "y": shift[:, 1:] * (x.shape[-1] / 28 / MAX_SHIFT), "scale": log_s}
+        parts = {"rotation": torch.cat([turn.cos(), turn.sin()], 1), "x": shift[:, :1] * (x.shape[-1] / 28 / MAX_SHIFT),
+                 "y": shift[:, 1:] * (x.shape[-1] / 28 / MAX_SHIFT), "scale": log_s}
         return torch.cat([*(parts[f] for f in self.factors), best], 1)

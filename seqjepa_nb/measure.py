@@ -66,7 +66,8 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
     Parameters
     ----------
     encode : callable
-        Images in [0, 1], (n, c, h, w), to vectors (n, d); in evaluation mode. What it needs besides, such as three channels or standardised pixels, is its own affair.
+        Images in [0, 1], (n, c, h, w), to vectors (n, d); in evaluation mode. What it needs besides, such as three channels or
+        standardised pixels, is its own affair.
     images : ImageSet
         The training images fit the probes, the test images judge them and are the anchors of the sweeps.
     mode : str
@@ -83,13 +84,16 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
     Returns
     -------
     metrics : dict
-        The `controlled` part of a run's metrics: `factors`, a dictionary a factor (below), `overlap` of each two factors' subspaces (0 to 1/k), and the class
-        as `class_z` (linear) and `class_z_mlp` from one view, with `aggregate` also `class_z_agg` and `class_z_agg_identity` (accuracies, 0 to 1).
-        Of a factor: `ev`, the share of its changes in its own subspace of 2 (rotation) or 1 dimensions, and `ev_anchor`, the same for each image's own; `effective_rank` of the changes; the errors
-        `equivariance_error` (best affine map), `unmoved_error` (doing nothing) and with `act` `own_action_error` with its `own_action_interval`, as parts of the variance (0 is perfect);
-        R2 of the pose from z, `r2` (linear) and `r2_mlp`, from the subspace alone (`r2_subspace`, `r2_subspace_mlp`) and from what is left without it (`r2_complement`, `r2_complement_mlp`);
-        `class_subspace`, the class from the subspace. Of rotation also R2 of the turn between two views, `r2_turn`, `r2_turn_subspace`, `r2_turn_complement`; all the way round
-        also `circle`, `harmonics` and `half_turn` (0 to 2, by class), see `subspace`.
+        The `controlled` part of a run's metrics: `factors`, a dictionary a factor (below), `overlap` of each two factors'
+        subspaces (0 to 1/k), and the class as `class_z` (linear) and `class_z_mlp` from one view, with `aggregate` also
+        `class_z_agg` and `class_z_agg_identity` (accuracies, 0 to 1).
+        Of a factor: `ev`, the share of its changes in its own subspace of 2 (rotation) or 1 dimensions, and `ev_anchor`, the same
+        for each image's own; `effective_rank` of the changes; the errors `equivariance_error` (best affine map), `unmoved_error`
+        (doing nothing) and with `act` `own_action_error` with its `own_action_interval`, as parts of the variance (0 is perfect);
+        R2 of the pose from z, `r2` (linear) and `r2_mlp`, from the subspace alone (`r2_subspace`, `r2_subspace_mlp`) and from
+        what is left without it (`r2_complement`, `r2_complement_mlp`); `class_subspace`, the class from the subspace. Of rotation
+        also R2 of the turn between two views, `r2_turn`, `r2_turn_subspace`, `r2_turn_complement`; all the way round also
+        `circle`, `harmonics` and `half_turn` (0 to 2, by class), see `subspace`.
     sweeps : dict
         For each factor (z (a, n, d), values (n,)), for figures.
 
@@ -102,17 +106,21 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
         raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode!r}")
     anchors = to_float(images.test[:ANCHORS])
     if not isinstance(z := encode(anchors[:2]), Tensor) or z.ndim != 2 or len(z) != 2 or z.shape[1] < 2 or not z.is_floating_point():
-        raise ValueError(f"encode: two images {tuple(anchors[:2].shape)} gave {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}; vectors (2, d) of real numbers with d >= 2 expected")
+        raise ValueError(f"encode: two images {tuple(anchors[:2].shape)} gave "
+                         f"{tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}; "
+                         "vectors (2, d) of real numbers with d >= 2 expected")
     n = min(len(images.train), PROBE_IMAGES)
     fit = probe_data(encode, images.train[:n], limits, seed, aggregate)
     held = probe_data(encode, images.test, limits, seed + 1, aggregate)
     label, label_held = images.train_labels[:n].cpu(), images.test_labels.cpu()
 
     start, read, told = Beside(torch.get_num_threads()), frozen.frozen_r2, frozen.frozen_accuracy
-    by_class = {"z": ("z", "logistic"), "z_mlp": ("z", "mlp")} | {n: (n, "logistic") for n in ("z_agg", "z_agg_identity") if aggregate is not None}
+    by_class = ({"z": ("z", "logistic"), "z_mlp": ("z", "mlp")}
+                | {n: (n, "logistic") for n in ("z_agg", "z_agg_identity") if aggregate is not None})
     classes = {f"class_{name}": start(told, fit[z], label, held[z], label_held, kind) for name, (z, kind) in by_class.items()}
     poses = {f: (pose_targets(fit["poses"], f), pose_targets(held["poses"], f)) for f in MODES[mode]}
-    tasks = {f: {f"r2{suffix}": start(read, fit["z"], y, held["z"], y_held, kind) for suffix, kind in KINDS.items()} for f, (y, y_held) in poses.items()}
+    tasks = {f: {f"r2{suffix}": start(read, fit["z"], y, held["z"], y_held, kind) for suffix, kind in KINDS.items()}
+             for f, (y, y_held) in poses.items()}
 
     turn = lambda d: relative_action(d["poses"], d["poses_next"])[:, :2]  # (n, 2), sine and cosine
     both = lambda d, part: torch.cat([part(d["z"]), part(d["z_next"])], 1)  # (n, 2 d)
@@ -127,19 +135,24 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
         rest, rest_held = (subspace.project_out(d["z"], bases[f]) for d in (fit, held))
         tasks[f] |= {f"r2_complement{suffix}": start(read, rest, y, rest_held, y_held, kind) for suffix, kind in KINDS.items()}
         kept, kept_held = (d["z"] @ bases[f] for d in (fit, held))
-        tasks[f] |= {f"r2_subspace{suffix}": start(read, kept, y, kept_held, y_held, kind) for suffix, kind in KINDS.items()} | {"class_subspace": start(told, kept, label, kept_held, label_held, "mlp")}
+        tasks[f] |= ({f"r2_subspace{suffix}": start(read, kept, y, kept_held, y_held, kind) for suffix, kind in KINDS.items()}
+                     | {"class_subspace": start(told, kept, label, kept_held, label_held, "mlp")})
         if f == "rotation":
-            parts = {"": lambda z: z, "_subspace": lambda z: z @ bases["rotation"], "_complement": lambda z: subspace.project_out(z, bases["rotation"])}
-            tasks[f] |= {f"r2_turn{suffix}": start(read, both(fit, part), turn(fit), both(held, part), turn(held), "mlp") for suffix, part in parts.items()}
+            parts = {"": lambda z: z, "_subspace": lambda z: z @ bases["rotation"],
+                     "_complement": lambda z: subspace.project_out(z, bases["rotation"])}
+            tasks[f] |= {f"r2_turn{suffix}": start(read, both(fit, part), turn(fit), both(held, part), turn(held), "mlp")
+                         for suffix, part in parts.items()}
         factors[f] = subspace.factor_report(z, z0, values, f, K[f], cyclic, act)
         if cyclic:
             half = subspace.half_turn(z)
-            factors[f]["half_turn"] = {images.classes[c]: float(half[label_held[:ANCHORS] == c].nanmean()) for c in label_held[:ANCHORS].unique().tolist()}
+            factors[f]["half_turn"] = {images.classes[c]: float(half[label_held[:ANCHORS] == c].nanmean())
+                                       for c in label_held[:ANCHORS].unique().tolist()}
 
     names = list(bases)
     for f, waiting in tasks.items():
         factors[f] |= {name: done.result() for name, done in waiting.items()}
-    found = {"factors": factors, "overlap": {f"{f}-{g}": float(subspace.overlap(bases[f], bases[g])) for i, f in enumerate(names) for g in names[i + 1:]}}
+    found = {"factors": factors, "overlap": {f"{f}-{g}": float(subspace.overlap(bases[f], bases[g])) for i, f in enumerate(names)
+                                             for g in names[i + 1:]}}
     return found | {name: done.result() for name, done in classes.items()}, sweeps
 
 
@@ -202,7 +215,8 @@ def _either(report, key):
 
 
 def whole(report: dict) -> float | None:
-    """What is read of a factor from all of z, from its part of the controlled numbers: the larger R2 of the linear probe and the MLP; None if neither was asked."""
+    """What is read of a factor from all of z, from its part of the controlled numbers: the larger R2 of the linear probe and the
+    MLP; None if neither was asked."""
     return _either(report, "r2")
 
 
@@ -217,7 +231,8 @@ def outside(report: dict) -> float | None:
 
 
 class Goal(NamedTuple):
-    """What a number is to reach: how to `read` it from a run's controlled numbers, its `target`, whether `above` is good, and whether the target is a part of the reference's number (`relative`)."""
+    """What a number is to reach: how to `read` it from a run's controlled numbers, its `target`, whether `above` is good, and
+    whether the target is a part of the reference's number (`relative`)."""
     read: Callable
     target: float
     above: bool
@@ -231,17 +246,22 @@ def goals(mode: str) -> dict:
     agg = lambda c: c.get("class_z_agg")
     if mode == "rotation":
         r = lambda key: of("rotation", key)
-        return {"top-2 share": Goal(r("ev"), 0.95, True), "share for each anchor": Goal(r("ev_anchor"), 0.98, True), "own action's error": Goal(r("own_action_error"), 0.05, False),
+        return {"top-2 share": Goal(r("ev"), 0.95, True), "share for each anchor": Goal(r("ev_anchor"), 0.98, True),
+                "own action's error": Goal(r("own_action_error"), 0.05, False),
                 "R² angle": Goal(r("r2"), 0.98, True, True), "R² outside": Goal(rest("rotation"), 0.1, False),
                 "class z_agg": Goal(agg, 0.98, True, True), "class inside": Goal(r("class_subspace"), 0.12, False)}
     factors = MODES[mode]
-    return {f"{f} share": Goal(of(f, "ev"), 0.9, True) for f in factors} | {f"{f} R²": Goal(of(f, "r2"), 0.95, True, True) for f in factors} | {
-        f"{f} own action's error": Goal(of(f, "own_action_error"), 0.05, False) for f in factors} | {f"{f} R² outside": Goal(rest(f), 0.1, False) for f in factors} | {
-        "largest overlap": Goal(lambda c: max(c["overlap"].values(), default=None), 0.05, False), "class z_agg": Goal(agg, 0.95, True, True)}
+    return ({f"{f} share": Goal(of(f, "ev"), 0.9, True) for f in factors}
+            | {f"{f} R²": Goal(of(f, "r2"), 0.95, True, True) for f in factors}
+            | {f"{f} own action's error": Goal(of(f, "own_action_error"), 0.05, False) for f in factors}
+            | {f"{f} R² outside": Goal(rest(f), 0.1, False) for f in factors}
+            | {"largest overlap": Goal(lambda c: max(c["overlap"].values(), default=None), 0.05, False),
+               "class z_agg": Goal(agg, 0.95, True, True)})
 
 
 def reached(mode: str, controlled: dict, reference: dict | None = None) -> dict:
-    """Title -> (value, target, whether it is reached) of one run's controlled numbers; None for what was not measured or, without a reference, depends on it."""
+    """Title -> (value, target, whether it is reached) of one run's controlled numbers; None for what was not measured or, without
+    a reference, depends on it."""
     found = {}
     for title, (read, target, above, relative) in goals(mode).items():
         value, base = read(controlled), read(reference) if relative and reference else None
@@ -251,7 +271,8 @@ def reached(mode: str, controlled: dict, reference: dict | None = None) -> dict:
 
 
 def by_construction(mode: str, untrained: dict) -> list:
-    """The goals that a network reaches before any training, from its controlled numbers then; those that depend on a reference are never reached so."""
+    """The goals that a network reaches before any training, from its controlled numbers then; those that depend on a
+    reference are never reached so."""
     return [title for title, (_, _, good) in reached(mode, untrained).items() if good]
 
 
@@ -259,7 +280,8 @@ ON_ALL = "r2_subspace"  # what a factor's numbers hold since its errors are judg
 
 
 def one_measure(seeds: list) -> list:
-    """Controlled numbers of several seeds, some of which may be older, when errors were judged on the last quarter of the anchors: where another seed has them on all anchors, these are set to None."""
+    """Controlled numbers of several seeds, some of which may be older, when errors were judged on the last quarter of the
+    anchors: where another seed has them on all anchors, these are set to None."""
     new = lambda c: all(ON_ALL in report for report in c["factors"].values())
     if all(map(new, seeds)) or not any(map(new, seeds)):
         return seeds
@@ -268,7 +290,8 @@ def one_measure(seeds: list) -> list:
 
 
 def unimposed(controlled: dict, encoder: str | None) -> dict:
-    """Controlled numbers without what the encoder has by construction: of a lifted one whose z is that of rotation alone, which an eighth of a turn moves exactly, the errors are those between the eighths, and half a turn says nothing."""
+    """Controlled numbers without what the encoder has by construction: of a lifted one whose z is that of rotation alone, which
+    an eighth of a turn moves exactly, the errors are those between the eighths, and half a turn says nothing."""
     if encoder != "lifted" or list(controlled["factors"]) != ["rotation"]:
         return controlled
     turned = {k: v for k, v in controlled["factors"]["rotation"].items() if k != "half_turn"}

@@ -50,7 +50,8 @@ class ResNetEncoder(nn.Sequential):
 class LiftedEncoder(nn.Module):
     """One residual net on eight turned copies of the image, answers side by side: (n, 3, h, w) -> (n, 8 * width).
 
-    The net is narrower by sqrt(8), rounded up to the 8 channels that processors multiply at once, so that eight passes cost one to two of `ResNetEncoder(width)`.
+    The net is narrower by sqrt(8), rounded up to the 8 channels that processors multiply at once, so that eight passes cost one
+    to two of `ResNetEncoder(width)`.
     A block has `width` numbers unless `block` says otherwise.
     """
 
@@ -123,7 +124,8 @@ class PixelEncoder(nn.Module):
         return self.linear(self._rows(x))
 
 # %% ../nbs/03_model.ipynb #23bcc1f5
-ENCODERS = {"resnet": ResNetEncoder, "lifted": LiftedEncoder, "vit": ViTEncoder, "crate": CRATEEncoder, "pixels": PixelEncoder, "matching": MatchingEncoder}
+ENCODERS = {"resnet": ResNetEncoder, "lifted": LiftedEncoder, "vit": ViTEncoder, "crate": CRATEEncoder, "pixels": PixelEncoder,
+            "matching": MatchingEncoder}
 """Encoders by name; each maps (n, 3, h, w) to (n, 8 * width)."""
 
 # %% ../nbs/03_model.ipynb #6d27f59a
@@ -137,7 +139,8 @@ class Aggregator(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         if kind != "transformer":
-            self.blocks = nn.Sequential(*(CRATEBlock(dim, heads, 4 if kind == "crate_alpha" else 1) for _ in range(layers)), nn.LayerNorm(dim))
+            self.blocks = nn.Sequential(*(CRATEBlock(dim, heads, 4 if kind == "crate_alpha" else 1) for _ in range(layers)),
+                                        nn.LayerNorm(dim))
             return
         layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout, batch_first=True)
         self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
@@ -160,7 +163,8 @@ class CRATEPredictor(nn.Module):
 
     def __init__(self, inner: int, embedded: int, outer: int, heads: int = 4):
         super().__init__()
-        self.agg, self.action, self.block, self.out = nn.Linear(inner, outer), nn.Linear(embedded, outer), CRATEBlock(outer, heads), nn.Linear(outer, outer)
+        self.agg, self.action, self.block, self.out = (nn.Linear(inner, outer), nn.Linear(embedded, outer),
+                                                       CRATEBlock(outer, heads), nn.Linear(outer, outer))
 
     def forward(self, joined: Tensor) -> Tensor:
         """See the class."""
@@ -204,7 +208,8 @@ class SeqJEPA(nn.Module):
     """
 
     def __init__(self, width: int = 64, target: str = "ema", decay: float = 0.996, encoder: str = "resnet", factors=(),
-                 planes: int = 1, content_norm: float = 1.0, slow: float = 0.0, action_dim: int = 5, action_embed: int = 64, aggregator: str = "transformer", predictor: str = "mlp", dropout: float = 0.1):
+                 planes: int = 1, content_norm: float = 1.0, slow: float = 0.0, action_dim: int = 5, action_embed: int = 64,
+                 aggregator: str = "transformer", predictor: str = "mlp", dropout: float = 0.1):
         super().__init__()
         if target not in ("ema", "stop"):
             raise ValueError(f"target is 'ema' or 'stop', not {target!r}")
@@ -229,7 +234,8 @@ class SeqJEPA(nn.Module):
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False) if target == "ema" else None
         self.action = nn.Sequential(nn.Linear(action_dim, action_embed, bias=False), nn.BatchNorm1d(action_embed, affine=False))
         self.aggregator = Aggregator(self.agg_dim, dropout=dropout, kind=aggregator)
-        self.predictor = Predictor(self.agg_dim + action_embed, self.dim) if predictor == "mlp" else CRATEPredictor(self.agg_dim, action_embed, self.dim)
+        self.predictor = (Predictor(self.agg_dim + action_embed, self.dim) if predictor == "mlp"
+                          else CRATEPredictor(self.agg_dim, action_embed, self.dim))
 
     def encode(self, x: Tensor) -> Tensor:
         """Images (..., 3, h, w) -> z (..., d)."""
@@ -251,7 +257,8 @@ class SeqJEPA(nn.Module):
     def forward(self, views: Tensor, actions: Tensor) -> Output:
         """Observe all views but the last (b, v, 3, h, w), predict the last, given the v-1 actions (b, v-1, 5)."""
         if views.ndim != 5 or actions.shape[:2] != (len(views), views.shape[1] - 1) or views.shape[1] < 2:
-            raise ValueError(f"views (b, v, 3, h, w) with v >= 2 and actions (b, v-1, 5) expected, not {tuple(views.shape)}, {tuple(actions.shape)}")
+            raise ValueError(f"views (b, v, 3, h, w) with v >= 2 and actions (b, v-1, 5) expected, not {tuple(views.shape)}, "
+                             f"{tuple(actions.shape)}")
         return self.foresee(self.encode(views[:, :-1]), self.look_ahead(views[:, -1]), actions)
 
     def foresee(self, z: Tensor, target: Tensor, actions: Tensor) -> Output:

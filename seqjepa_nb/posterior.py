@@ -48,7 +48,8 @@ def frequencies(n: int, planes: int, multiplicity: int = 1, reach: int | None = 
     while len(found) < distinct and (reach is None or radius < reach * math.sqrt(n)):
         radius += 1
         side = range(-min(radius, reach or radius), min(radius, reach or radius) + 1)
-        found = [w for w in itertools.product(side, repeat=n) if sum(x * x for x in w) <= radius**2 and next((x for x in reversed(w) if x), 1) > 0]
+        found = [w for w in itertools.product(side, repeat=n)
+                 if sum(x * x for x in w) <= radius**2 and next((x for x in reversed(w) if x), 1) > 0]
     if len(found) < distinct:
         raise ValueError(f"reach {reach} holds {len(found)} frequencies, too few for planes = {planes} with multiplicity {multiplicity}")
     found.sort(key=lambda w: (sum(x * x for x in w), w))
@@ -84,7 +85,8 @@ class Torus:
     def __init__(self, omega: Tensor, grid: int):
         self.omega, self.grid, self.n = omega, grid, omega.shape[1]
         if grid <= 2 * int(omega.abs().max()):
-            raise ValueError(f"grid = {grid} points cannot carry frequencies up to {int(omega.abs().max())}: at least {2 * int(omega.abs().max()) + 1} are needed")
+            raise ValueError(f"grid = {grid} points cannot carry frequencies up to {int(omega.abs().max())}: "
+                             f"at least {2 * int(omega.abs().max()) + 1} are needed")
         self.half = (grid,) * (self.n - 1) + (int(omega[:, -1].max()) + 1,)  # of a real FFT's last axis only what is not zero
         self.flat = (grid,) * self.n
         self.dims = tuple(range(1, self.n))
@@ -152,8 +154,10 @@ class Torus:
         return s.remainder(2 * math.pi)
 
 # %% ../nbs/09_posterior.ipynb #86388f74
-def infer_alpha(torus: Torus, a: Tensor, v: Tensor, sigma: float, sparsity: float, steps: int, inner: int = 4, start=0.01, trace: list | None = None) -> Tensor:
-    """Non-negative coefficients (b, K) that minimise F: the negative log-likelihood with s summed out over the torus, and lambda times their sum (Chau et al. 2020, arXiv 2012.12071; the notebook writes it down).
+def infer_alpha(torus: Torus, a: Tensor, v: Tensor, sigma: float, sparsity: float, steps: int, inner: int = 4, start=0.01,
+                trace: list | None = None) -> Tensor:
+    """Non-negative coefficients (b, K) that minimise F: the negative log-likelihood with s summed out over the torus, and lambda
+    times their sum (Chau et al. 2020, arXiv 2012.12071; the notebook writes it down).
 
     Parameters
     ----------
@@ -193,7 +197,8 @@ def infer_alpha(torus: Torus, a: Tensor, v: Tensor, sigma: float, sparsity: floa
 
 # %% ../nbs/09_posterior.ipynb #323c2337
 def fit_columns(u: Tensor, back: Tensor, gram: Tensor) -> Tensor:
-    """Each unit column of u (m, K) in turn brought to the unit vector that makes <u, u gram> / 2 - <u, back> smallest, the others held (Mairal et al. 2009, algorithm 2); with back (m, K), gram (K, K)."""
+    """Each unit column of u (m, K) in turn brought to the unit vector that makes <u, u gram> / 2 - <u, back> smallest, the others
+    held (Mairal et al. 2009, algorithm 2); with back (m, K), gram (K, K)."""
     u, ridge = u.clone(), 1e-3 * gram.diagonal().mean() + 1e-6  # a column that is not used stays
     for k in range(u.shape[1]):
         u[:, k] = F.normalize(back[:, k] - u @ gram[:, k] + (gram[k, k] + ridge) * u[:, k], dim=0)

@@ -89,5 +89,5 @@ class OnlineProbes(nn.Module):
         """
         _observed(z, actions)
         truth = actions[:, 0].cpu().numpy()
-        return {name: 100 * float((v.argmax(1) == labels.to(v.device)).double().mean()) if name.endswith("linacc") else float(r2_score(truth, v.cpu().numpy()))
-                for name, v in self.predict(z, z_agg).items()}
+        return {name: 100 * float((v.argmax(1) == labels.to(v.device)).double().mean()) if name.endswith("linacc")
+                else float(r2_score(truth, v.cpu().numpy())) for name, v in self.predict(z, z_agg).items()}

@@ -81,7 +81,8 @@ def rate_bound(b: int, d: int, eps: float = 0.5) -> float:
 
 # %% ../nbs/02_rate.ipynb #0d58d092
 def vicreg_penalty(z: Tensor) -> Tensor:
-    """VICReg's variance and covariance terms (arXiv 2105.04906, eqs. 1 and 3) for features (b, d), weighted 1 to 1/25; a scalar, 0 at best."""
+    """VICReg's variance and covariance terms (arXiv 2105.04906, eqs. 1 and 3) for features (b, d), weighted 1
+    to 1/25; a scalar, 0 at best."""
     z = _features(z)
     c = z - z.mean(0)
     with torch.autocast(z.device.type, enabled=False):
@@ -90,7 +91,8 @@ def vicreg_penalty(z: Tensor) -> Tensor:
 
 
 def sigreg_penalty(z: Tensor, directions: int = 256, points: int = 17) -> Tensor:
-    """SIGReg (arXiv 2511.08544): mean Epps-Pulley statistic of features (b, d) along random directions; a scalar, small for a standard normal."""
+    """SIGReg (arXiv 2511.08544): mean Epps-Pulley statistic of features (b, d) along random directions; a scalar,
+    small for a standard normal."""
     z = _features(z)
     u = F.normalize(torch.randn(z.shape[1], directions, device=z.device).to(z.dtype), dim=0)
     t = torch.linspace(-5, 5, points, device=z.device, dtype=z.dtype)

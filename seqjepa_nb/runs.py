@@ -41,7 +41,8 @@ def published_root() -> Path:
 
 # %% ../nbs/07_runs.ipynb #efee7c2f
 def commit() -> str:
-    """The commit of the package's repository, wherever it is used, 12 digits, with "-dirty" if tracked files differ from it; without a repository `$SEQJEPA_COMMIT`, else "unknown"."""
+    """The commit of the package's repository, wherever it is used, 12 digits, with "-dirty" if tracked files differ from it;
+    without a repository `$SEQJEPA_COMMIT`, else "unknown"."""
     root, unknown = Path(seqjepa_nb.__file__).resolve().parents[1], os.environ.get("SEQJEPA_COMMIT", "unknown")
     if not (root / "settings.ini").is_file():  # installed, as into somebody else's repository
         return unknown
@@ -82,7 +83,8 @@ class Laps(dict):
         self.last = now
 
 
-def environment(device, data_source: str, n_train: int, n_test: int, started: float, seconds: dict, views: int, code: str | None = None) -> dict:
+def environment(device, data_source: str, n_train: int, n_test: int, started: float, seconds: dict, views: int,
+                code: str | None = None) -> dict:
     """The `environment` part of a run's metrics.
 
     Parameters
@@ -105,14 +107,16 @@ def environment(device, data_source: str, n_train: int, n_test: int, started: fl
     Returns
     -------
     dict
-        With versions, commit, `peak_mb` (MiB), `wall_s`, `train_s` and all of `seconds`, `views_per_s` (None without training) and the time (UTC).
+        With versions, commit, `peak_mb` (MiB), `wall_s`, `train_s` and all of `seconds`, `views_per_s` (None
+        without training) and the time (UTC).
     """
     train_s = seconds.get("training", 0.0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "sklearn": sklearn.__version__, "platform": f"{platform.system()} {platform.machine()}", "cores": cores, "commit": code or commit(),
-            "data": data_source, "train_images": n_train, "test_images": n_test, "peak_mb": round(peak_mb(device), 1),
-            "wall_s": round(time.time() - started, 1), "train_s": round(train_s, 1), "seconds": {k: round(v, 1) for k, v in seconds.items()},
+            "sklearn": sklearn.__version__, "platform": f"{platform.system()} {platform.machine()}",
+            "cores": cores, "commit": code or commit(), "data": data_source, "train_images": n_train,
+            "test_images": n_test, "peak_mb": round(peak_mb(device), 1), "wall_s": round(time.time() - started, 1),
+            "train_s": round(train_s, 1), "seconds": {k: round(v, 1) for k, v in seconds.items()},
             "views_per_s": round(views / train_s, 1) if views and train_s else None,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -158,7 +162,8 @@ class Run:
 
     @property
     def network(self) -> tuple:
-        """What decides the numbers of an untrained network, which is its mode, preset, width, encoder and group and what lays its latent out."""
+        """What decides the numbers of an untrained network, which is its mode, preset, width, encoder and group
+        and what lays its latent out."""
         usual = {"encoder": "resnet", "group": "none", "planes": 1, "content_norm": 1.0, "slow": 0.0, "scale_gain": 1.0}
         return self.config["mode"], self.config["preset"], self.config.get("width"), *(self.config.get(k, v) for k, v in usual.items())
 
@@ -190,7 +195,8 @@ def read_run(folder) -> Run:
 
 
 def read_runs(*roots) -> list:
-    """Read all runs in the given folders (or that are one of them), by name; what is no run is passed over, and what is hidden: it may be half made. A folder that is not there holds none."""
+    """Read all runs in the given folders (or that are one of them), by name; what is no run is passed over, and what is hidden:
+    it may be half made. A folder that is not there holds none."""
     found = [p for root in map(Path, roots) for p in ([root] if (root / "config.json").is_file() else sorted(root.glob("[!.]*/")))]
     return [read_run(p) for p in found if (p / "config.json").is_file()]
 

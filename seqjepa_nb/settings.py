@@ -26,7 +26,8 @@ def resolve_device(device: str = "auto") -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device is auto, cpu, cuda or cuda:N, not {device!r}") from error
     if found.type not in ("cpu", "cuda") or found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is not there: choose auto, cpu" + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count())))
+        raise ValueError(f"device {device!r} is not there: choose auto, cpu"
+                         + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count())))
     return found if found.type == "cuda" else torch.device("cpu")
 
 
@@ -52,7 +53,8 @@ def request(kind, choices: dict, overrides: dict | None, device: str, **asked) -
         raise ValueError(f"overrides has unknown names {', '.join(sorted(map(str, unknown)))}. Valid: {', '.join(sorted(names))}")
     place, data = resolve_device(device), asked["dataset"]
     if not isinstance(data, (str, os.PathLike)) or not (data := str(data).strip()):
-        raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class, not {type(data).__name__ if not isinstance(data, str) else 'empty'}")
+        raise ValueError("dataset is 'mnist', 'cifar10' or the path of a folder of images by class, "
+                         f"not {type(data).__name__ if not isinstance(data, str) else 'empty'}")
     if data not in ("mnist", "cifar10") and Path(data).expanduser().is_dir():
         data = str(Path(data).expanduser().resolve())  # one folder, however it is written
     if asked["preset"] == "auto":
@@ -65,7 +67,8 @@ KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 
 
 def settle(kind, values: dict, least: dict, most: dict = {}) -> dict:
-    """The values of the dataclass `kind`, each of its field's type, finite, not below `least` and not above `most`; ValueError that names all that are not otherwise."""
+    """The values of the dataclass `kind`, each of its field's type, finite, not below `least` and not above `most`; ValueError
+    that names all that are not otherwise."""
     kinds, found, wrong = {k.__name__: k for k in (str, int, float, bool)}, {}, []
     fields = {f.name: kinds[getattr(f.type, "__name__", f.type)] for f in dataclasses.fields(kind)}
     for name, value in values.items():
@@ -89,7 +92,8 @@ def settle(kind, values: dict, least: dict, most: dict = {}) -> dict:
 
 # %% ../nbs/07_settings.ipynb #4e653782
 def refuse_idle(config, overrides: dict | None, idle):
-    """ValueError if an override would change nothing: `idle` lists (a function that says of a `Config` whether nothing reads these, why, their names)."""
+    """ValueError if an override would change nothing: `idle` lists (a function that says of a `Config` whether nothing
+    reads these, why, their names)."""
     for off, because, names in idle:
         if off(config) and (vain := sorted({*names} & {*(overrides or {})})):
             raise ValueError(f"overrides of {', '.join(vain)} would change nothing: {because} (variant {config.variant!r})")
@@ -116,13 +120,15 @@ def refuse_unknown(given, valid):
 
 # %% ../nbs/07_settings.ipynb #6deb4e80
 def run_name(config: dict, usual: dict | None = None) -> str:
-    """The folder's name, `<mode>-<variant>-<preset>-<dataset>-s<seed>` (of a folder of images its last part), and each value that differs from the `usual` ones."""
+    """The folder's name, `<mode>-<variant>-<preset>-<dataset>-s<seed>` (of a folder of images its last part), and each value that
+    differs from the `usual` ones."""
     dataset = re.sub(r"[^A-Za-z0-9_.]+", "_", Path(str(config["dataset"])).name)
     changed = [f"-{k}{v}" for k, v in config.items() if usual and usual[k] != v]
     return f"{config['mode']}-{config['variant']}-{config['preset']}-{dataset}-s{config['seed']}" + "".join(changed)
 
 
 def folder_name(config, make_config, **there) -> str:
-    """The name of a run's folder, from its `Config` and what makes one: all that was overridden stands in it. `there` are usual values of another machine that will run it."""
+    """The name of a run's folder, from its `Config` and what makes one: all that was overridden stands in it. `there` are usual
+    values of another machine that will run it."""
     usual = make_config(config.mode, config.variant, config.preset, config.dataset, config.seed, config.device).to_dict()
     return run_name(config.to_dict(), usual | there)

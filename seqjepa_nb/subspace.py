@@ -71,7 +71,8 @@ def effective_rank(x: Tensor) -> float:
 
 
 def effective_rank_energy(x: Tensor) -> float:
-    """Effective rank as published for differences: (sum l)^2 / sum l^2 with l the squared singular values of centred x (n, d); 0 without variance."""
+    """Effective rank as published for differences: (sum l)^2 / sum l^2 with l the squared singular values of centred x
+    (n, d); 0 without variance."""
     return _participation(_energies(_centred(x)))
 
 # %% ../nbs/05_subspace.ipynb #6084123a
@@ -100,13 +101,15 @@ def basis(deltas: Tensor, k: int) -> Tensor:
 
 def _orthonormal(*bases):
     for b in bases:
-        if b.ndim != 2 or b.shape[0] != bases[0].shape[0] or (b.T @ b - torch.eye(b.shape[1], dtype=b.dtype, device=b.device)).abs().max() > 1e-3:
+        if (b.ndim != 2 or b.shape[0] != bases[0].shape[0]
+            or (b.T @ b - torch.eye(b.shape[1], dtype=b.dtype, device=b.device)).abs().max() > 1e-3):
             raise ValueError(f"bases (d, k) with orthonormal columns and one d expected, not {[tuple(b.shape) for b in bases]}")
     return [b.double() for b in bases]
 
 # %% ../nbs/05_subspace.ipynb #19075685
 def overlap(bf: Tensor, bg: Tensor) -> float:
-    """Overlap of two subspaces as published: ||bf' bg||_F^2 / (kf kg), for orthonormal bases (d, kf) and (d, kg); equal subspaces give 1/k."""
+    """Overlap of two subspaces as published: ||bf' bg||_F^2 / (kf kg), for orthonormal bases (d, kf) and
+    (d, kg); equal subspaces give 1/k."""
     bf, bg = _orthonormal(bf, bg)
     return float((bf.T @ bg).square().mean())
 
@@ -146,12 +149,14 @@ def _column(factor):
 def sweep_values(factor: str, limits: Ranges) -> Tensor:
     """The values (n,) that a factor takes in its sweep: radians, pixels or log-scale.
 
-    Over a full circle the 72 rotations are evenly spaced from 0 and do not repeat the first; else values reach from end to end of the ranges.
+    Over a full circle the 72 rotations are evenly spaced from 0 and do not repeat the first; else values reach
+    from end to end of the ranges.
     """
     n, column = COUNTS.get(factor), _column(factor)
     if factor == "rotation" and limits.full_circle:
         return torch.arange(n) * (2 * math.pi / n)
-    low, high = ((-limits.rotation, limits.rotation), (-limits.shift, limits.shift), (-limits.shift, limits.shift), limits.log_scale)[column]
+    low, high = ((-limits.rotation, limits.rotation), (-limits.shift, limits.shift), (-limits.shift, limits.shift),
+                 limits.log_scale)[column]
     if low == high:
         raise ValueError(f"{factor} does not vary in {limits}")
     return torch.linspace(low, high, n)
@@ -208,7 +213,8 @@ def explained_by_anchor(z: Tensor, k: int) -> float:
 def _around(angles, n):
     gap = 2 * math.pi / n
     if n < 5 or angles.shape != (n,) or (angles.double().diff() - gap).abs().max() > 1e-3 * gap:
-        raise ValueError(f"{n} evenly spaced, increasing angles in radians all round the circle expected (at least 5), not {tuple(angles.shape)}")
+        raise ValueError(f"{n} evenly spaced, increasing angles in radians all round the circle expected (at least 5), "
+                         f"not {tuple(angles.shape)}")
     return torch.polar(torch.ones_like(angles, dtype=torch.float64), -angles.double())  # (n,) e^{-i angle}
 
 
@@ -248,7 +254,8 @@ def circle(z: Tensor, angles: Tensor) -> dict:
 
 # %% ../nbs/05_subspace.ipynb #f6f71be2
 def align_phase(z: Tensor, angles: Tensor) -> Tensor:
-    """Coordinates (a, n, 2) of sweeps z (a, n, d) in each anchor's own best plane, turned (and mirrored) so that phases match the angles (n,)."""
+    """Coordinates (a, n, 2) of sweeps z (a, n, d) in each anchor's own best plane, turned (and mirrored) so that
+    phases match the angles (n,)."""
     z = _sweeps(z, min(2, z.shape[-1]))
     return torch.view_as_real(_aligned(z, _around(angles, z.shape[1]).to(z.device)))
 
@@ -310,7 +317,8 @@ def equivariance_error(z: Tensor, steps, cyclic: bool = False, folds: int = 4) -
         raise ValueError(f"{len(z)} anchors in {folds} folds leave none to fit or none to judge")
     errors, roots = [], {}
     for before, after in _moves(_about_mean(_sweeps(z)), steps, cyclic):
-        parts = [tuple(v.flatten(0, 1) for v in pair) for pair in zip(before.tensor_split(folds), (after - before).tensor_split(folds))]  # (m, d) each: where from, and how far
+        # (m, d) each: where from, and how far
+        parts = [tuple(v.flatten(0, 1) for v in pair) for pair in zip(before.tensor_split(folds), (after - before).tensor_split(folds))]
         sums = [(x.T @ x if not (roots and cyclic) else None, x.T @ y, x.sum(0), y.sum(0), len(x)) for x, y in parts]
         missed = 0.0
         for k, (x, y) in enumerate(parts):
@@ -330,12 +338,14 @@ def equivariance_error(z: Tensor, steps, cyclic: bool = False, folds: int = 4) -
 
 # %% ../nbs/05_subspace.ipynb #dd513d1c
 def unmoved_error(z: Tensor, steps, cyclic: bool = False) -> float:
-    """The error that `equivariance_error` would report for maps that leave z (a, n, d) where it is: 0 for a code that ignores the factor."""
+    """The error that `equivariance_error` would report for maps that leave z (a, n, d) where it is: 0 for a
+    code that ignores the factor."""
     return float(torch.stack([(y - x).square().sum() / _about_mean(y).square().sum() for x, y in _moves(z, steps, cyclic)]).mean())
 
 # %% ../nbs/05_subspace.ipynb #6a1be9ad
 def own_action_error(z: Tensor, values: Tensor, factor: str, act, steps, cyclic: bool = False, draws: int = 1000) -> tuple:
-    """(the error that `equivariance_error` would report for the model's own action, the least and the largest that another draw of anchors would give in 95 of 100 cases).
+    """(the error that `equivariance_error` would report for the model's own action, the least and the largest that another draw
+    of anchors would give in 95 of 100 cases).
 
     Parameters
     ----------
@@ -357,7 +367,8 @@ def own_action_error(z: Tensor, values: Tensor, factor: str, act, steps, cyclic:
         spread.append(_about_mean(y).square().sum((1, 2)))
     missed, spread = torch.stack(missed, 1), torch.stack(spread, 1)  # (a, steps)
     again = torch.randint(len(z), (draws, len(z)), generator=torch.Generator().manual_seed(0)).to(z.device)
-    found = (missed[again].sum(1) / spread[again].sum(1)).mean(1).quantile(torch.tensor([0.025, 0.975], dtype=missed.dtype, device=z.device))
+    found = ((missed[again].sum(1) / spread[again].sum(1)).mean(1)
+             .quantile(torch.tensor([0.025, 0.975], dtype=missed.dtype, device=z.device)))
     return float((missed.sum(0) / spread.sum(0)).mean()), *found.tolist()
 
 # %% ../nbs/05_subspace.ipynb #ada12b83
@@ -384,8 +395,11 @@ def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cy
     Returns
     -------
     dict
-        `ev`, `ev_anchor`, `effective_rank` (of energies), `equivariance_error` and `unmoved_error` (mean of four steps, from an eighth to half of the sweep), with `act` also `own_action_error` and its `own_action_interval`, and for a closed sweep `circle` and `harmonics`.
-        Errors once more at steps half-way between, as `equivariance_error_between`, `own_action_error_between` and `own_action_interval_between`: an encoder may turn by eighths by construction, and by nothing else.
+        `ev`, `ev_anchor`, `effective_rank` (of energies), `equivariance_error` and `unmoved_error` (mean of four steps, from
+        an eighth to half of the sweep), with `act` also `own_action_error` and its `own_action_interval`, and for a closed
+        sweep `circle` and `harmonics`.
+        Errors once more at steps half-way between, as `equivariance_error_between`, `own_action_error_between` and
+        `own_action_interval_between`: an encoder may turn by eighths by construction, and by nothing else.
     """
     _column(factor)
     if z.ndim != 3 or z0.shape != (z.shape[0], z.shape[2]) or values.shape != (z.shape[1],):
@@ -393,8 +407,9 @@ def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cy
     energies = _energies(_centred((z - z0[:, None]).flatten(0, 1), k))
     n = z.shape[1]
     steps, between = (sorted({min(n - 1, max(1, round(n * i / 8))) for i in way}) for way in ((1, 2, 3, 4), (0.5, 1.5, 2.5, 3.5)))
-    report = {"ev": float(energies[:k].sum() / energies.sum()), "ev_anchor": explained_by_anchor(z, k), "effective_rank": _participation(energies),
-              "equivariance_error": equivariance_error(z, steps, cyclic=cyclic), "unmoved_error": unmoved_error(z, steps, cyclic=cyclic),
+    report = {"ev": float(energies[:k].sum() / energies.sum()), "ev_anchor": explained_by_anchor(z, k),
+              "effective_rank": _participation(energies), "equivariance_error": equivariance_error(z, steps, cyclic=cyclic),
+              "unmoved_error": unmoved_error(z, steps, cyclic=cyclic),
               "equivariance_error_between": equivariance_error(z, between, cyclic=cyclic)}
     for suffix, way in (("", steps), ("_between", between)) if act is not None else ():
         error, *interval = own_action_error(z, values, factor, act, way, cyclic)
@@ -403,5 +418,6 @@ def factor_report(z: Tensor, z0: Tensor, values: Tensor, factor: str, k: int, cy
 
 
 def published_subspace(z0: Tensor, z1: Tensor, z_agg: Tensor) -> dict:
-    """The original's numbers: effective ranks of z0 (n, d) and z_agg (n, d'), and the top-2 share of z1 - z0, whatever moved between the two views."""
+    """The original's numbers: effective ranks of z0 (n, d) and z_agg (n, d'), and the top-2 share of z1 - z0, whatever
+    moved between the two views."""
     return {"rank_eq_eff": effective_rank(z0), "rank_inv_eff": effective_rank(z_agg), "subspace_ev_rot_2": explained(z1 - z0, 2)}

@@ -53,7 +53,8 @@ def _misread(value):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run of a notebook: its parameters, what they make together (`config`), the folder that it leaves, and whether it runs on this machine (`here`), so that `config` knows its device and precision."""
+    """One run of a notebook: its parameters, what they make together (`config`), the folder that it leaves, and whether it runs
+    on this machine (`here`), so that `config` knows its device and precision."""
     notebook: str
     parameters: dict
     config: object
@@ -65,8 +66,10 @@ class Job:
         plain = {k: v for k, v in self.parameters.items() if k != "overrides"} | {"runs_dir": str(self.folder.parent)}
         if "dataset" in plain:
             plain["dataset"] = self.config.dataset
-        more = ["-y", yaml.safe_dump({"overrides": self.parameters["overrides"]}, default_flow_style=True, width=math.inf).strip()] if self.parameters.get("overrides") else []
-        return ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "papermill", f"nbs/{self.notebook}.ipynb", f"{self.folder}.ipynb", "--no-progress-bar",
+        more = (["-y", yaml.safe_dump({"overrides": self.parameters["overrides"]}, default_flow_style=True, width=math.inf).strip()]
+                if self.parameters.get("overrides") else [])
+        return ["env", f"OMP_NUM_THREADS={threads}", sys.executable,
+                "-m", "papermill", f"nbs/{self.notebook}.ipynb", f"{self.folder}.ipynb", "--no-progress-bar",
                 "--log-level", "WARNING", *(w for k, v in plain.items() for w in ("-r" if _misread(v) else "-p", k, str(v))), *more]
 
     @property
@@ -78,7 +81,8 @@ class Job:
     def epochs(self) -> int:
         """How many epochs it has, restarts included; what learns from a few digits first learns twice."""
         c = self.config
-        return getattr(c, "pair_epochs", 0) + (2 if c.variant == "lie_few_first" else 1) * (c.epochs + getattr(c, "restarts", 0) * getattr(c, "restart_epochs", 0))
+        return getattr(c, "pair_epochs", 0) + (2 if c.variant == "lie_few_first" else 1) * (
+            c.epochs + getattr(c, "restarts", 0) * getattr(c, "restart_epochs", 0))
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def expand(grid: dict, runs_dir: Path, here: bool = True) -> list:
         if here and asked.dataset not in ("mnist", "cifar10") and not Path(asked.dataset).is_dir():
             raise ValueError(f"dataset is 'mnist', 'cifar10' or the path of a folder of images by class; {asked.dataset!r} is no folder")
         there = {}
-        if not here and device == "cuda" and room is config:  # what this machine multiplies in says nothing of that one: there bfloat16 is usual
+        # what this machine multiplies in says nothing of that one: there bfloat16 is usual
+        if not here and device == "cuda" and room is config:
             there = {"precision": "bfloat16"}
             asked = dataclasses.replace(asked, precision=(p.get("overrides") or {}).get("precision", "bfloat16"))
         jobs.append(Job(notebook, p, asked, runs_dir / settings.folder_name(asked, room.make_config, **there), here))
@@ -172,8 +177,10 @@ def read_sweep(path, **changed) -> Sweep:
 
 # %% ../nbs/13_sweep.ipynb #cff00d19
 def stands(job: Job) -> tuple:
-    """('finished' | 'broken' | 'new', whole epochs kept, seconds that they took); ValueError if the folder holds a run of another configuration, or a damaged one."""
-    if runs.finished_run(job.folder, job.config.to_dict(), lambda text: None, type(job.config)().to_dict(), () if job.here else ("device", "precision")):
+    """('finished' | 'broken' | 'new', whole epochs kept, seconds that they took); ValueError if the folder holds a run of another
+    configuration, or a damaged one."""
+    if runs.finished_run(job.folder, job.config.to_dict(), lambda text: None, type(job.config)().to_dict(),
+                         () if job.here else ("device", "precision")):
         return "finished", job.epochs, 0.0
     with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(job.folder / "state.safetensors", "pt") as file:
@@ -199,7 +206,8 @@ def known_runs(*folders) -> list:
 
 
 def work(config: dict) -> int:
-    """What a run's time is in proportion to: its images times its epochs; of the baseline, restarts included, times its planes and templates too."""
+    """What a run's time is in proportion to: its images times its epochs; of the baseline, restarts included, times
+    its planes and templates too."""
     c = config
     if "n_exemplar" not in c:
         return c["epochs"] * c["n_train"]
@@ -219,14 +227,16 @@ def estimate(job: Job, known: list) -> tuple:
         Finished runs; see `known_runs`.
     """
     mine, size = job.config.to_dict(), SIZE[job.notebook]
-    alike = [r for r in known if all(r.config.get(k) == mine[k] for k in size) and str(r.config.get("device", "")).startswith(job.place) and ("n_exemplar" in r.config) == ("n_exemplar" in mine)]
+    alike = [r for r in known if all(r.config.get(k) == mine[k] for k in size)
+             and str(r.config.get("device", "")).startswith(job.place) and ("n_exemplar" in r.config) == ("n_exemplar" in mine)]
     for closer in (lambda r: r.metrics["environment"]["device"] == runs.device_name(job.config.device),
                    lambda r: (r.config["mode"], r.config["variant"]) == (job.config.mode, job.config.variant),
                    lambda r: work(r.config) == work(mine)):
         alike = [r for r in alike if closer(r)] or alike
     if alike:
         scale = lambda r: work(mine) / work(r.config) if work(r.config) else 1
-        return statistics.median(r.metrics["environment"]["wall_s"] * scale(r) for r in alike) / 60, f"{len(alike)} finished run{'s' * (len(alike) > 1)}"
+        return (statistics.median(r.metrics["environment"]["wall_s"] * scale(r) for r in alike) / 60,
+                f"{len(alike)} finished run{'s' * (len(alike) > 1)}")
     stated, where = COST[job.notebook][job.config.preset]
     if where != job.place:
         return None, "not known"
@@ -253,7 +263,8 @@ def plan(sweep: Sweep, known: list) -> list:
     for job in sweep.jobs:
         minutes, source = estimate(job, known)
         state, epochs, _ = stands(job)
-        rows.append({"run": job.folder.name, "state": state, "epochs": f"{epochs}/{job.epochs}", "left": left(job, minutes), "source": source, "command": shlex.join(job.command(sweep.threads)).replace(f"{runs.find_root()}/", "")})
+        rows.append({"run": job.folder.name, "state": state, "epochs": f"{epochs}/{job.epochs}", "left": left(job, minutes),
+                     "source": source, "command": shlex.join(job.command(sweep.threads)).replace(f"{runs.find_root()}/", "")})
     return rows
 
 
@@ -264,7 +275,8 @@ def total(rows: list, at_once: int) -> str:
     minutes = [r["left"] for r in todo if r["left"] is not None]
     together = max([sum(minutes) / at_once, *minutes], default=0.0)
     return (f"{len(rows)} runs, {len(rows) - len(todo)} finished, {len(todo)} to do, {at_once} at a time: "
-            + ("nothing to do" if not todo else f"about {write_minutes(together)}" if minutes else "for how long is not known") + (f", and {blind} of unknown length" if blind and minutes else ""))
+            + ("nothing to do" if not todo else f"about {write_minutes(together)}" if minutes else "for how long is not known")
+            + (f", and {blind} of unknown length" if blind and minutes else ""))
 
 # %% ../nbs/13_sweep.ipynb #c3659f09
 def start(sweep: Sweep, job: Job, slot: int = 0):
@@ -273,10 +285,12 @@ def start(sweep: Sweep, job: Job, slot: int = 0):
     gpus = int(job.place == "cuda")
     if sweep.executor == "slurm":
         executor = submitit.AutoExecutor(logs / "%j", cluster="slurm")
-        executor.update_parameters(name=job.folder.name, timeout_min=sweep.minutes, cpus_per_task=sweep.threads, gpus_per_node=gpus, **{f"slurm_{k}": v for k, v in sweep.slurm.items()})
+        executor.update_parameters(name=job.folder.name, timeout_min=sweep.minutes, cpus_per_task=sweep.threads,
+                                   gpus_per_node=gpus, **{f"slurm_{k}": v for k, v in sweep.slurm.items()})
     else:
         executor = submitit.LocalExecutor(logs)
-        executor.update_parameters(timeout_min=sweep.minutes, signal_delay_s=1, gpus_per_node=gpus, **({"visible_gpus": [slot % torch.cuda.device_count()]} if gpus else {}))
+        executor.update_parameters(timeout_min=sweep.minutes, signal_delay_s=1, gpus_per_node=gpus,
+                                   **({"visible_gpus": [slot % torch.cuda.device_count()]} if gpus else {}))
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the terminal's interrupt reaches the sweep only
     try:
         handle = executor.submit(submitit.helpers.CommandFunction(job.command(sweep.threads), cwd=runs.find_root()))
@@ -324,7 +338,8 @@ def why(handle, minutes) -> str:
 def running_text(job: Job, started: float, begun: int, minutes) -> str:
     """How far a running job is: from its own epochs once it has finished one, else from the estimate in minutes."""
     _, epochs, spent = stands(job)
-    rest = (job.epochs - epochs) * spent / epochs / 60 if epochs > begun and spent else minutes and max(0.0, minutes * (1 - begun / max(1, job.epochs)) - (time.time() - started) / 60)
+    rest = ((job.epochs - epochs) * spent / epochs / 60 if epochs > begun and spent
+            else minutes and max(0.0, minutes * (1 - begun / max(1, job.epochs)) - (time.time() - started) / 60))
     if epochs >= job.epochs:
         return f"running, all {job.epochs} epochs, measuring"
     return f"running, epoch {epochs + 1} of {job.epochs}" + (f", {write_minutes(rest)} left" if rest else "")
@@ -342,7 +357,8 @@ def fitting(states: dict, lines: int) -> list:
 
 
 class Table:
-    """Shows a state a job: drawn anew on a terminal, where there is room for as many as it has lines, elsewhere a line for each change of the state's first word."""
+    """Shows a state a job: drawn anew on a terminal, where there is room for as many as it has lines, elsewhere a line for each
+    change of the state's first word."""
 
     def __init__(self, stream=None):
         self.stream, self.said, self.lines = stream or sys.stdout, {}, 0
@@ -357,7 +373,8 @@ class Table:
             self.lines = len(text)
         else:
             kind = {name: state.split(",")[0] for name, state in states.items()}
-            self.stream.write("".join(f"{time.strftime('%H:%M:%S')} {name:<{wide}}  {states[name]}\n" for name, k in kind.items() if self.said.get(name) != k))
+            self.stream.write("".join(f"{time.strftime('%H:%M:%S')} {name:<{wide}}  {states[name]}\n"
+                                      for name, k in kind.items() if self.said.get(name) != k))
             self.said = kind
         self.stream.flush()
 
@@ -440,10 +457,14 @@ def main(arguments=None) -> int:
         rows = plan(sweep, known)
         for row in rows:
             if dry:
-                print(f"{row['run']}: {row['state']}, {row['epochs']} epochs kept, {write_minutes(row['left'])} left (from {row['source']})\n    {row['command']}")
+                print(f"{row['run']}: {row['state']}, {row['epochs']} epochs kept, "
+                      f"{write_minutes(row['left'])} left (from {row['source']})\n    {row['command']}")
         if dry and sweep.executor == "slurm":
-            print(f"Slurm: {sweep.minutes} minutes and {sweep.threads} threads a job" + "".join(f", {k}={v}" for k, v in sweep.slurm.items()))
-        print(total(rows, sweep.at_once) + f" (from {', '.join(sorted({'finished or published runs' if 'finished run' in r['source'] else r['source'] for r in rows}))})", flush=True)
+            print(f"Slurm: {sweep.minutes} minutes and {sweep.threads} threads a job"
+                  + "".join(f", {k}={v}" for k, v in sweep.slurm.items()))
+        print(total(rows, sweep.at_once) + " (from "
+              f"{', '.join(sorted({'finished or published runs' if 'finished run' in r['source'] else r['source'] for r in rows}))})",
+              flush=True)
         if dry:
             return 0
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -456,7 +477,8 @@ def main(arguments=None) -> int:
         return 130
     failed = sum(s.startswith("failed") for s in states.values())
     open_ = sum(s in ("waiting", "cancelled") for s in states.values())
-    print(f"{len(states) - failed - open_} of {len(states)} finished" + f", {failed} failed" * (failed > 0) + (f", {open_} not done within the budget of {budget:g} s" if open_ else "")
+    print(f"{len(states) - failed - open_} of {len(states)} finished" + f", {failed} failed" * (failed > 0)
+          + (f", {open_} not done within the budget of {budget:g} s" if open_ else "")
           + ("; the same command goes on" if failed or open_ else "") + f". Output of each job: {sweep.runs_dir / '.jobs'}")
     return int(failed > 0)
 

@@ -93,8 +93,9 @@ def between_seeds(runs: list, read) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row a number: `sd`, the standard deviation within groups, pooled; `dof`, its degrees of freedom; `least`, what the difference of two single runs of one group exceeds in
-        one case of twenty, t(0.975, dof) sqrt(2) sd (the repeatability limit of ISO 5725-6). NaN where no group has two seeds.
+        A row a number: `sd`, the standard deviation within groups, pooled; `dof`, its degrees of freedom; `least`, what the
+        difference of two single runs of one group exceeds in one case of twenty, t(0.975, dof) sqrt(2) sd (the repeatability
+        limit of ISO 5725-6). NaN where no group has two seeds.
     """
     found = pd.DataFrame([read(r) for r in runs], dtype=float)
     key = [(*(r.config[k] for k in IDENTITY if k != "seed"), r.changes) for r in runs]
@@ -105,7 +106,8 @@ def between_seeds(runs: list, read) -> pd.DataFrame:
 
 
 def one_more(values, spread=()) -> tuple | None:
-    """Where one more seed's number is expected, in nineteen cases of twenty (prediction interval of Student's t), from `values`, one a seed; from a single one, with the spread of other seeds; None without any spread."""
+    """Where one more seed's number is expected, in nineteen cases of twenty (prediction interval of Student's t), from `values`,
+    one a seed; from a single one, with the spread of other seeds; None without any spread."""
     of = values if len(values) > 1 else spread
     if len(of) < 2:
         return None
@@ -114,7 +116,8 @@ def one_more(values, spread=()) -> tuple | None:
 
 
 def verdict(target: float, values, spread=()) -> str:
-    """Whether a published number is 'reproduced' by ours, one a seed (their mean is within a tenth of it), lies where one more seed's could, 'undecided' (see `one_more`), or is 'not reproduced'."""
+    """Whether a published number is 'reproduced' by ours, one a seed (their mean is within a tenth of it), lies where one more
+    seed's could, 'undecided' (see `one_more`), or is 'not reproduced'."""
     if abs(target - np.mean(values)) <= 0.1 * abs(target):
         return "reproduced"
     expected = one_more(values, spread)
@@ -175,5 +178,6 @@ def commands(wanted: list, runs: list) -> str:
     for config in wanted:
         name = run_name(config)
         cost = f"{there[name]['wall_s'] / 60:.0f} minutes on {there[name]['device']}" if name in there else "not measured"
-        lines.append(f"papermill nbs/20_train.ipynb runs/{name}.ipynb " + " ".join(f"-p {k} {config[k]}" for k in IDENTITY if k != "seed" or config[k]) + f"   # {cost}")
+        lines.append(f"papermill nbs/20_train.ipynb runs/{name}.ipynb "
+                     + " ".join(f"-p {k} {config[k]}" for k in IDENTITY if k != "seed" or config[k]) + f"   # {cost}")
     return "\n".join(["```bash", "mkdir -p runs", *lines, "```"])

@@ -17,7 +17,8 @@ from .affine import FACTORS
 
 # %% ../nbs/10_torus.ipynb #3629eb99
 def pose_dims(factors, planes: int = 1, slow: float = 0.0) -> int:
-    """How many coordinates the pose part of these factors has: two for each of rotation's planes, and one for any other factor or, if that turns slowly, two."""
+    """How many coordinates the pose part of these factors has: two for each of rotation's planes, and one for any other factor
+    or, if that turns slowly, two."""
     if unknown := set(factors) - set(FACTORS):
         raise ValueError(f"factors are among {', '.join(FACTORS)}, not {', '.join(sorted(unknown))}")
     others = len(factors) - ("rotation" in factors)
@@ -25,7 +26,8 @@ def pose_dims(factors, planes: int = 1, slow: float = 0.0) -> int:
 
 
 class GroupHead(nn.Module):
-    """A linear map and the latent's structure: (n, d) -> [unit circle or sphere | lines or unit circles | content of one length], (n, d) in float32.
+    """A linear map and the latent's structure: (n, d) -> [unit circle or sphere | lines or unit circles | content of
+    one length], (n, d) in float32.
 
     Parameters
     ----------
@@ -80,11 +82,14 @@ def _turned(plane, sin, cos):
 
 
 def act(pose: Tensor, action: Tensor, factors, slow: float = 0.0, gain: float = 1.0) -> Tensor:
-    """Move pose codes (..., p) by relative actions (..., 5), a change of log-scale taken `gain` times; with `slow`, shifts and changes of log-scale turn circles by so many radians for each unit."""
+    """Move pose codes (..., p) by relative actions (..., 5), a change of log-scale taken `gain` times; with `slow`, shifts and
+    changes of log-scale turn circles by so many radians for each unit."""
     parts = [_turned(pose[..., :2], action[..., 0], action[..., 1])] if "rotation" in factors else []
     columns = [1 + FACTORS.index(f) for f in factors if f != "rotation"]
-    others, by = pose[..., 2 * len(parts):], torch.cat([action[..., :0], *(action[..., i:i + 1] * (gain if FACTORS[i - 1] == "scale" else 1) for i in columns)], -1)
-    moved = _turned(others.unflatten(-1, (-1, 2)), (slow * by).sin(), (slow * by).cos()).flatten(-2) if slow and by.shape[-1] else others + by
+    others, by = pose[..., 2 * len(parts):], torch.cat(
+        [action[..., :0], *(action[..., i:i + 1] * (gain if FACTORS[i - 1] == "scale" else 1) for i in columns)], -1)
+    moved = (_turned(others.unflatten(-1, (-1, 2)), (slow * by).sin(), (slow * by).cos()).flatten(-2)
+             if slow and by.shape[-1] else others + by)
     return torch.cat([*parts, moved], -1)
 
 # %% ../nbs/10_torus.ipynb #89299c2b

@@ -64,7 +64,8 @@ def unpack(tensors: dict, learner: nn.Module, probes: nn.Module, optimisers: dic
 
 @torch.no_grad()
 def rewind(tensors: dict, learner: nn.Module, probes: nn.Module, optimisers: dict):
-    """Undo steps: the tensors of `pack` into the very memory that a recorded step works on; what an optimiser has begun to keep since is zero again."""
+    """Undo steps: the tensors of `pack` into the very memory that a recorded step works on; what an optimiser has begun
+    to keep since is zero again."""
     for name, now in _state(learner, probes, optimisers).items():
         now.copy_(tensors[name]) if name in tensors else now.zero_()
 
@@ -82,7 +83,8 @@ def compiling_pays(config: Config) -> bool:
 class Step:
     """One step of training, everything in it: `step(pick, poses)` returns the losses `names`, (1 + parts,).
 
-    On a GPU it is recorded as a CUDA graph at its fourth call and replayed from then on; in a long run the encoder is compiled first. Several processes, and a learned generator (`torch.matrix_exp` asks the device for numbers), go on without.
+    On a GPU it is recorded as a CUDA graph at its fourth call and replayed from then on; in a long run the encoder is compiled
+    first. Several processes, and a learned generator (`torch.matrix_exp` asks the device for numbers), go on without.
 
     Parameters
     ----------
@@ -92,7 +94,8 @@ class Step:
     """
 
     def __init__(self, config: Config, images, limits, learner: Learner, probes: OnlineProbes, optimisers: dict):
-        self.config, self.images, self.limits, self.learner, self.probes, self.optimiser = config, images, limits, learner, probes, optimisers["optimiser"]
+        self.config, self.images, self.limits, self.learner, self.probes, self.optimiser = (
+            config, images, limits, learner, probes, optimisers["optimiser"])
         self.names, self.calls, self.graph = ("loss",), 0, None
         self.records = torch.device(config.device).type == "cuda" and processes.count() == 1 and config.group != "generator"
         self.compiles = self.records and compiling_pays(config)
@@ -162,12 +165,14 @@ def train_epoch(config: Config, step: Step, epoch: int, tick=lambda: None) -> di
     kept = torch.stack(kept)  # (steps, 1 + parts)
     if not kept[:, 0].isfinite().all():
         bad = int((~kept[:, 0].isfinite()).nonzero()[0])
-        raise FloatingPointError(f"the loss was not finite at step {bad + 1} of {steps} in epoch {epoch + 1}; the last good epoch is kept. Try a smaller lr than {config.lr:g}.")
+        raise FloatingPointError(f"the loss was not finite at step {bad + 1} of {steps} in epoch {epoch + 1}; "
+                                 f"the last good epoch is kept. Try a smaller lr than {config.lr:g}.")
     return dict(zip(step.names, kept.mean(0).tolist()))
 
 # %% ../nbs/08_train.ipynb #491af132
 def estimate_minutes(step: Step, optimisers: dict, epochs: int) -> float:
-    """Minutes that `epochs` epochs will take, from the median of five timed steps after some that warm up; then all is as it was before, but that the step may be recorded."""
+    """Minutes that `epochs` epochs will take, from the median of five timed steps after some that warm up; then all is as it was
+    before, but that the step may be recorded."""
     config, warm = step.config, 5 if step.records else 1
     before = pack(step.learner, step.probes, optimisers)
     p = draw_poses(config, config.batch, step.limits, epoch_generator(config, 0))
@@ -183,14 +188,16 @@ def estimate_minutes(step: Step, optimisers: dict, epochs: int) -> float:
 
 
 def memory_layout(model: nn.Module, device: str) -> torch.memory_format:
-    """Channels last, which convolutions like best; not for fewer channels than a CPU multiplies at once, where oneDNN's backward pass hangs or errs (its issue 6035)."""
+    """Channels last, which convolutions like best; not for fewer channels than a CPU multiplies at once, where oneDNN's backward
+    pass hangs or errs (its issue 6035)."""
     block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
     narrow = min((m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)), default=block) < block
     return torch.contiguous_format if narrow and device == "cpu" else torch.channels_last
 
 
 def prepare(config: Config, images=None) -> tuple:
-    """Images on the device (loaded unless given), ranges, learner, probes and the two optimisers of a run, as they are before the first epoch."""
+    """Images on the device (loaded unless given), ranges, learner, probes and the two optimisers of a run, as they
+    are before the first epoch."""
     images = images or load_images(config.dataset, config.n_train, config.n_test).to(config.device)
     limits = ranges(config.mode, natural=images.natural)
     torch.manual_seed(config.seed)
@@ -203,7 +210,8 @@ def prepare(config: Config, images=None) -> tuple:
         poses = sample_poses(len(images.train), 2, limits, torch.Generator().manual_seed(config.seed)).to(config.device)
         learner.model.encoder.fit(make_views(images, torch.arange(len(images.train), device=config.device), poses, limits)[:, 1])
     if config.encoder == "matching":
-        upright = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(config.seed))[:8 * config.width].to(config.device)
+        upright = (torch.randperm(len(images.train), generator=torch.Generator().manual_seed(config.seed))[:8 * config.width]
+                   .to(config.device))
         learner.model.encoder.fit(make_views(images, upright, torch.zeros(len(upright), 1, 4, device=config.device), limits)[:, 0], limits)
     probes = OnlineProbes(learner.model.dim, learner.model.agg_dim, len(images.classes)).to(config.device)
     trained = [p for p in learner.parameters() if p.requires_grad]
@@ -225,7 +233,8 @@ def fit(config: Config, runs_dir="runs", wandb_mode: str | None = None, images=N
     wandb_mode : str, optional
         'offline', 'online' or 'disabled'; by default `$WANDB_MODE`, else offline.
     images : ImageSet, optional
-        Images of one's own (`ImageSet.from_arrays`), as many as `n_train` and `n_test` say; `dataset` is then their name. By default those that `dataset` says.
+        Images of one's own (`ImageSet.from_arrays`), as many as `n_train` and `n_test` say; `dataset` is then their name. By
+        default those that `dataset` says.
 
     Returns
     -------
@@ -261,12 +270,14 @@ def _own_images(config, images):
     if config.dataset in ("mnist", "cifar10"):
         raise ValueError(f"images are given, so dataset is to be a name for them, not {config.dataset!r}")
     if (there := {"n_train": len(images.train), "n_test": len(images.test)}) != (asked := {k: getattr(config, k) for k in there}):
-        raise ValueError(f"images: {' and '.join(f'{k} {n}' for k, n in asked.items())} asked for, {there['n_train']} and {there['n_test']} there. Override {', '.join(f'{k}: {n}' for k, n in there.items())}.")
+        raise ValueError(f"images: {' and '.join(f'{k} {n}' for k, n in asked.items())} asked for, {there['n_train']} "
+                         f"and {there['n_test']} there. Override {', '.join(f'{k}: {n}' for k, n in there.items())}.")
 
 
 def _fit(config, folder, wandb_mode, images):
     started, laps, code = time.time(), runs.Laps(), runs.commit()
-    lead, spare = processes.first(), torch.get_num_threads() if torch.device(config.device).type == "cuda" else 1  # a CPU that trains has no core to spare
+    # a CPU that trains has no core to spare
+    lead, spare = processes.first(), torch.get_num_threads() if torch.device(config.device).type == "cuda" else 1
     say = lambda text: lead and logs.say(text)
     images, limits, learner, probes, optimisers = prepare(config, images and images.to(config.device))
     state_file, history, wandb_id, mark = folder / "state.safetensors", [], None, images.mark()
@@ -275,7 +286,8 @@ def _fit(config, folder, wandb_mode, images):
         unpack(tensors, learner, probes, optimisers)
         history, wandb_id = meta["history"], meta["wandb_id"]
         if meta["images"] != mark:
-            raise ValueError(f"{state_file} belongs to other images than {config.dataset!r} holds now. Bring them back, or remove {folder} to begin anew.")
+            raise ValueError(f"{state_file} belongs to other images than {config.dataset!r} holds now. "
+                             f"Bring them back, or remove {folder} to begin anew.")
         laps.update(meta["seconds"])
         started -= sum(meta["seconds"].values())
         say(f"{folder.name}: going on after epoch {len(history)}")
@@ -284,11 +296,14 @@ def _fit(config, folder, wandb_mode, images):
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "config.json", config.to_dict())
     left, step = config.epochs - len(history), Step(config, images, limits, learner, probes, optimisers)
-    say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, {len(images.train)} training images ({images.source}{', moved as photographs' if images.natural else ''})")
+    say(f"{folder.name}: {left} epochs on {config.device} in {config.precision}, "
+        f"{len(images.train)} training images ({images.source}{', moved as photographs' if images.natural else ''})")
     if left:
         bring_up(spare if lead else 1)
         minutes = estimate_minutes(step, optimisers, left)
-        say(f"training will take {f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, then the measurements")
+        say("training will take "
+            f"{f'about {minutes:.0f} minutes' if minutes >= 1.5 else 'about a minute' if minutes >= 0.5 else 'less than a minute'}, "
+            "then the measurements")
 
     frozen = Frozen(learner.model, images, config.device)
     with logs.closing(logs.start_wandb(config.to_dict(), folder, wandb_mode, wandb_id) if lead else None) as log:
@@ -310,8 +325,10 @@ def _fit(config, folder, wandb_mode, images):
                 due = (epoch + 1) % config.subspace_frequency == 0 and epoch + 1 < config.epochs
                 book(history[-1], epoch + 1, drawn(draw(frozen, images, config, limits, arrays), spare) if due else {})
                 laps("figures")
-                if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:  # a GPU's epoch can be shorter than writing it down
-                    files.save_state(state_file, pack(learner, probes, optimisers), {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark})
+                # a GPU's epoch can be shorter than writing it down
+                if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:
+                    files.save_state(state_file, pack(learner, probes, optimisers),
+                                     {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark})
                     kept, kept_at = epoch + 1, time.perf_counter()
                     cost = kept_at - clock
                 files.write_history(folder, history)
@@ -327,7 +344,8 @@ def _fit(config, folder, wandb_mode, images):
             return runs.read_run(folder)
 
         minutes = measure.estimate_minutes(frozen.encode, images, config.mode, limits)
-        say("measuring" + ("" if config.epochs else " (no training)") + (f", of which the encoder takes about {minutes:.0f} minutes" if minutes >= 1.5 else ""))
+        say("measuring" + ("" if config.epochs else " (no training)")
+            + (f", of which the encoder takes about {minutes:.0f} minutes" if minutes >= 1.5 else ""))
         if not left:
             numbers, arrays = published(config, frozen, probes, images, limits)
         found, blocks, figures = measured(config, learner, frozen, images, limits, arrays)
@@ -345,10 +363,13 @@ def _fit(config, folder, wandb_mode, images):
             files.save_state(folder / "generator.safetensors", learner.generator.state_dict(), {"planes": config.planes})
         laps("saving")
         run = {k: getattr(config, k) for k in ("mode", "variant", "preset", "dataset", "seed")}
-        environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
-                                       config.epochs * steps * config.batch * config.views, code) | {"images": mark, "image_shape": list(images.train.shape[1:]), "classes": len(images.classes)}
+        environment = (runs.environment(config.device, images.source, len(images.train), len(images.test), started, laps,
+                                        config.epochs * steps * config.batch * config.views, code)
+                       | {"images": mark, "image_shape": list(images.train.shape[1:]), "classes": len(images.classes)})
         last = {"loss": history[-1]["loss"]} if history else {}
-        files.write_json(folder / "metrics.json", {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}), "images": {"mean": images.mean, "std": images.std}, "environment": environment})
+        files.write_json(folder / "metrics.json",
+                         {"run": run, "published": last | numbers, "controlled": found, **({"crate": blocks} if blocks else {}),
+                          "images": {"mean": images.mean, "std": images.std}, "environment": environment})
         log.summary.update({"published": numbers, "controlled": found})
         state_file.unlink(missing_ok=True)
         processes.wait()

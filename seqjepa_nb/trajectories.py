@@ -34,7 +34,8 @@ def _code(factor, values):
 
 
 def _fit(points, code):
-    """The orthogonal map (..., 2, k) from a centred code (n, k) to centred points (..., n, 2), and the scale that gives the code their size."""
+    """The orthogonal map (..., 2, k) from a centred code (n, k) to centred points (..., n, 2), and the scale
+    that gives the code their size."""
     u, _, vt = np.linalg.svd(np.swapaxes(points, -1, -2) @ code, full_matrices=False)
     scale = np.sqrt((points**2).sum((-2, -1)) / max((code**2).sum(), np.finfo(float).tiny))
     return u @ vt, scale[..., None, None]
@@ -42,7 +43,8 @@ def _fit(points, code):
 
 def _ideal(factor, values):
     """The ideal code (200, k) along the range of a factor's values, a whole circle if angles go all round."""
-    return _code(factor, np.linspace(values.min(), values.min() + 2 * math.pi if factor == "rotation" and _closed(values) else values.max(), 200))
+    return _code(factor, np.linspace(values.min(), values.min() + 2 * math.pi if factor == "rotation" and _closed(values)
+                                     else values.max(), 200))
 
 
 def _thin(n, limit=4000):
@@ -53,7 +55,8 @@ def _thin(n, limit=4000):
 def rotation_circle(deltas, angles) -> Figure:
     """Changes of z on their two principal directions, coloured by the rotation that caused them.
 
-    A clean rotation code is thin, with the colours in order, on the faint ideal: a ring where angles go all round, else an arc; a mixed cloud means that this plane does not tell the angle.
+    A clean rotation code is thin, with the colours in order, on the faint ideal: a ring where angles go all round, else an arc; a
+    mixed cloud means that this plane does not tell the angle.
 
     Parameters
     ----------
@@ -97,7 +100,9 @@ MOST = 8
 def sweep_traj_rot(z, angles) -> Figure:
     """Paths of z while each of a few images is turned, in their common plane and each in its own.
 
-    Left, where z varies most, which may be by which digit it is: a share of that variance is none of the movement. Right, each image in its own plane, phases matched: clean codes lie on the faint circle, colours in order; a grey line across it is a jump.
+    Left, where z varies most, which may be by which digit it is: a share of that variance is none of the movement.
+    Right, each image in its own plane, phases matched: clean codes lie on the faint circle, colours in order; a
+    grey line across it is a jump.
 
     Parameters
     ----------
@@ -121,10 +126,12 @@ def sweep_traj_rot(z, angles) -> Figure:
     fig = _picture(8, 3.8)
     left, right, key = fig.subplots(1, 3, width_ratios=[4, 4, 1.1])
     _sweeps(common, angles, "rotation", left)
-    _axes(left, f"Where z of {len(z)} images varies most:\nholds {moved:.0%} of the movement", f"direction 1 ({shares[0]:.0%} of z)", f"direction 2 ({shares[1]:.0%} of z)", square=True)
+    _axes(left, f"Where z of {len(z)} images varies most:\nholds {moved:.0%} of the movement",
+          f"direction 1 ({shares[0]:.0%} of z)", f"direction 2 ({shares[1]:.0%} of z)", square=True)
     right.plot(*ideal.T, color=FAINT, lw=6, zorder=0, label="ideal")
     _sweeps(own, angles, "rotation", right)
-    _axes(right, f"Each in its own plane, phases matched:\nholds {own_shares.sum(-1).mean():.0%} of the movement", "cosine of the angle", "sine of the angle", square=True)
+    _axes(right, f"Each in its own plane, phases matched:\nholds {own_shares.sum(-1).mean():.0%} of the movement",
+          "cosine of the angle", "sine of the angle", square=True)
     right.legend(frameon=False, fontsize=8, loc="upper right")
     _key(key, angles)
     return fig
@@ -133,7 +140,8 @@ def sweep_traj_rot(z, angles) -> Figure:
 def class_circles(z, labels, angles, names) -> Figure:
     """A full turn of a few digits of each class, in the plane that holds most of all changes.
 
-    A path that goes round the faint circle once, in the order of the colours, tells the angle; one that goes round twice, or stays near the middle, belongs to a digit that looks alike after half a turn.
+    A path that goes round the faint circle once, in the order of the colours, tells the angle; one that goes round twice, or
+    stays near the middle, belongs to a digit that looks alike after half a turn.
 
     Parameters
     ----------
@@ -185,12 +193,14 @@ def _laid(paths, factor, values):
 def combined_trajectories(sweeps: dict) -> Figure:
     """Movement of z along each factor, a panel a factor.
 
-    Each thin path is one image, moved along one factor alone; paths that share one shape, close to the faint ideal (a circle or arc for rotation, else a line), mean that the factor acts alike on all images.
+    Each thin path is one image, moved along one factor alone; paths that share one shape, close to the faint ideal (a circle or
+    arc for rotation, else a line), mean that the factor acts alike on all images.
 
     Parameters
     ----------
     sweeps : dict
-        For each factor ('rotation', 'x', 'y', 'scale') the pair z (a, n, d) and values (n,) in radians, pixels or log-scale; the first 8 sweeps are drawn.
+        For each factor ('rotation', 'x', 'y', 'scale') the pair z (a, n, d) and values (n,) in radians, pixels or
+        log-scale; the first 8 sweeps are drawn.
     """
     if not sweeps:
         raise ValueError("sweeps is empty")
@@ -204,10 +214,12 @@ def combined_trajectories(sweeps: dict) -> Figure:
         paths = points.reshape(*z.shape[:2], 2)
         ax.plot(*_laid(paths, factor, values).T, color=FAINT, lw=6, zorder=0)
         _sweeps(paths, values, factor, ax)
-        _axes(ax, f"{factor}: {shares.sum():.0%} of\nthe movement", f"direction 1 ({shares[0]:.0%})", f"direction 2 ({shares[1]:.0%})", square=True)
+        _axes(ax, f"{factor}: {shares.sum():.0%} of\nthe movement", f"direction 1 ({shares[0]:.0%})",
+              f"direction 2 ({shares[1]:.0%})", square=True)
         ax.set(xticks=[], yticks=[])
         grid = np.linspace(values.min(), values.max(), 256)
-        bar = fig.colorbar(ScalarMappable(Normalize(*unit(grid[[0, -1]])), ListedColormap(_colours(factor, grid))), ax=ax, location="bottom", aspect=14, shrink=0.9)
+        bar = fig.colorbar(ScalarMappable(Normalize(*unit(grid[[0, -1]])), ListedColormap(_colours(factor, grid))), ax=ax,
+                           location="bottom", aspect=14, shrink=0.9)
         bar.set_label(label, fontsize=9)
         bar.ax.tick_params(labelsize=8)
     return fig
@@ -216,7 +228,8 @@ def combined_trajectories(sweeps: dict) -> Figure:
 def translation_lines(z_x, z_y, values_x, values_y) -> Figure:
     """Movement of z under translation to the right and downwards.
 
-    A clean code shows two bundles of straight lines, perpendicular to each other, and on the right a straight rise along the faint ideal with a narrow band.
+    A clean code shows two bundles of straight lines, perpendicular to each other, and on the right a straight rise along the
+    faint ideal with a narrow band.
 
     Parameters
     ----------
@@ -245,7 +258,8 @@ def translation_lines(z_x, z_y, values_x, values_y) -> Figure:
         middle, spread = along.mean(0), along.std(0)
         right.fill_between(values, middle - spread, middle + spread, color=colour, alpha=0.2, lw=0)
         right.plot(values, middle, "o-", color=colour, ms=3, lw=1.2, label=_factor(name)[0])
-    _axes(left, f"Both movements in one plane: {shares.sum():.0%}", f"direction 1 ({shares[0]:.0%})", f"direction 2 ({shares[1]:.0%})", square=True)
+    _axes(left, f"Both movements in one plane: {shares.sum():.0%}", f"direction 1 ({shares[0]:.0%})",
+          f"direction 2 ({shares[1]:.0%})", square=True)
     _axes(right, "Along each factor's first direction (mean, sd)", "translation (px)", "movement (relative)")
     right.legend(frameon=False, fontsize=8, loc="upper left")
     return fig

@@ -20,7 +20,8 @@ from .canvas import FAINT, PALETTE, SHOWN, _array, _axes, _closed, _picture
 def eigs_rot(shares, k: int = 2) -> Figure:
     """Spectrum of the changes of z, single and cumulative.
 
-    A clean rotation code drops to nothing after two directions, and its cumulative share follows the faint ideal; a slow decay means that the change is spread over many dimensions.
+    A clean rotation code drops to nothing after two directions, and its cumulative share follows the faint ideal; a slow decay
+    means that the change is spread over many dimensions.
 
     Parameters
     ----------
@@ -94,7 +95,8 @@ def rank_monitor(spectra: dict) -> Figure:
 def overlap_heatmap(matrix, labels) -> Figure:
     """Overlap of each two factor subspaces.
 
-    Off the diagonal, 0 (white) means that two factors move z in perpendicular directions, 1 that they share one line; a line that lies in the rotation's plane has 0.5.
+    Off the diagonal, 0 (white) means that two factors move z in perpendicular directions, 1 that they share one line; a line that
+    lies in the rotation's plane has 0.5.
 
     Parameters
     ----------
@@ -123,7 +125,8 @@ def overlap_heatmap(matrix, labels) -> Figure:
 def head_heatmap(heads: dict, layers) -> Figure:
     """Share of each factor's movement in each head's subspace, a panel a layer.
 
-    A head that is a factor's own shows dark in that factor's row and white in the others; rows that are even say that the heads share every factor.
+    A head that is a factor's own shows dark in that factor's row and white in the others; rows that are even say
+    that the heads share every factor.
 
     Parameters
     ----------
@@ -156,7 +159,8 @@ def head_heatmap(heads: dict, layers) -> Figure:
 def view_strip(views, poses) -> Figure:
     """One image in several poses, each with its pose.
 
-    Each picture is the same image: turned counter-clockwise by the degrees, moved right and down by the pixels, and scaled by the factor under it.
+    Each picture is the same image: turned counter-clockwise by the degrees, moved right and down by the pixels, and
+    scaled by the factor under it.
 
     Parameters
     ----------
@@ -222,7 +226,8 @@ def torus_posterior(p) -> Figure:
     p = _array(p, "p", "b", "n", "n2")[:4]
     fig = _picture(2.1 * len(p) + 0.3, 2.6)
     for ax, image in zip(fig.subplots(1, len(p), squeeze=False, sharey=True)[0], p):
-        ax.imshow(np.sqrt(image.T / max(image.max(), np.finfo(float).tiny)), origin="lower", extent=(0, 360, 0, 360), cmap="Greys", vmin=0, vmax=1)
+        ax.imshow(np.sqrt(image.T / max(image.max(), np.finfo(float).tiny)), origin="lower", extent=(0, 360, 0, 360),
+                  cmap="Greys", vmin=0, vmax=1)
         _axes(ax, "", "s1 (degrees)")
         ax.set(xticks=(0, 180, 360), yticks=(0, 180, 360))
     fig.axes[0].set_ylabel("s2 (degrees)", fontsize=9)
@@ -232,7 +237,8 @@ def torus_posterior(p) -> Figure:
 def inferred_codes(values, angles, alpha, factor) -> Figure:
     """What is inferred while a few images are moved: each angle of the torus by image, and the templates' coefficients of the first image.
 
-    An angle that follows the movement is a straight line, wrapped round, up or down (which, and where it begins, is arbitrary); one that jumps or stays does not tell it. A row of coefficients that changes along the movement has the movement in it.
+    An angle that follows the movement is a straight line, wrapped round, up or down (which, and where it begins, is arbitrary);
+    one that jumps or stays does not tell it. A row of coefficients that changes along the movement has the movement in it.
 
     Parameters
     ----------
@@ -256,7 +262,8 @@ def inferred_codes(values, angles, alpha, factor) -> Figure:
             ax.scatter(at, np.degrees(one % (2 * math.pi)), color=colour, s=6, lw=0)
         _axes(ax, f"angle inferred by the model,\n{len(angles[:5])} images", name, f"s{k + 1 if t > 1 else ''} (degrees)")
         ax.set(ylim=(-5, 365), yticks=(0, 90, 180, 270, 360))
-    heat.imshow(alpha[0].T / max(alpha[0].max(), np.finfo(float).tiny), cmap="Greys", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=(at[0], at[-1], alpha.shape[2] - 0.5, -0.5))
+    heat.imshow(alpha[0].T / max(alpha[0].max(), np.finfo(float).tiny), cmap="Greys", aspect="auto", interpolation="nearest",
+                vmin=0, vmax=1, extent=(at[0], at[-1], alpha.shape[2] - 0.5, -0.5))
     _axes(heat, "templates in use, one image", name, "template")
     if factor == "rotation" and _closed(values):
         for ax in (*panels, heat):
@@ -277,7 +284,8 @@ TOP = {"percent": 100, "share": 1}
 def history_curves(history) -> Figure:
     """A run's numbers by epoch, as published.
 
-    The loss should fall and the rate rise without the ranks collapsing; "from z" against "from z_agg" shows which representation knows the class and which the action.
+    The loss should fall and the rate rise without the ranks collapsing; "from z" against "from z_agg" shows which representation
+    knows the class and which the action.
 
     Parameters
     ----------
@@ -309,5 +317,6 @@ def history_curves(history) -> Figure:
 # %% ../nbs/06_viz.ipynb #0d7f2b78
 #: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
-            (trajectories.sweep_traj_rot, trajectories.rotation_circle, trajectories.class_circles, trajectories.combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, head_heatmap,
+            (trajectories.sweep_traj_rot, trajectories.rotation_circle, trajectories.class_circles,
+             trajectories.combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, head_heatmap,
              trajectories.translation_lines, view_strip, image_rows, torus_posterior, inferred_codes, history_curves)}

@@ -19,8 +19,8 @@ def build():
     """Build the book with warnings as errors: `.html` (folder), `.log` (text), `.code` (exit status)."""
     html = ROOT / "book" / "_build" / "html"
     shutil.rmtree(html, ignore_errors=True)
-    done = subprocess.run([BIN / "jupyter-book", "build", "book", "-W", "-n", "--keep-going", "--all"], cwd=ROOT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([BIN / "jupyter-book", "build", "book", "-W", "-n", "--keep-going", "--all"], cwd=ROOT, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return SimpleNamespace(html=html, log=re.sub(r"\x1b\[[0-9;]*m", "", done.stdout), code=done.returncode)
 
 

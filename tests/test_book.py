@@ -88,10 +88,12 @@ def test_publishing_lists_a_run_once(publishing, tmp_path):
         publish.publish(notebook)
         assert [(tmp_path / file).read_text().count(f"runs/{run}/20_train") for file in ("book/_toc.yml", "_quarto.yml")] == [1, 1]
     assert {p.name for p in (tmp_path / "book/runs").iterdir()} == {run}
-    assert json.loads((tmp_path / "book/runs" / run / "metrics.json").read_text()) == json.loads((BOOK / "runs" / run / "metrics.json").read_text())
+    assert (json.loads((tmp_path / "book/runs" / run / "metrics.json").read_text())
+            == json.loads((BOOK / "runs" / run / "metrics.json").read_text()))
 
 
-@pytest.mark.parametrize("how, error", [("unfinished", SystemExit), ("too large", SystemExit), ("without its folder", SystemExit), ("broken off", ZeroDivisionError),
+@pytest.mark.parametrize("how, error", [("unfinished", SystemExit), ("too large", SystemExit),
+                                        ("without its folder", SystemExit), ("broken off", ZeroDivisionError),
                                         ("broken off between the renames", ZeroDivisionError), ("killed between the renames", SystemExit)])
 def test_publishing_keeps_what_is_there_until_the_new_is_whole(publishing, tmp_path, monkeypatch, how, error):
     publish, notebook, run = publishing
@@ -121,7 +123,9 @@ def test_the_cache_of_outputs_knows_every_file_that_a_page_reads(tmp_path, monke
     """A page is run again when one of them changes, and not when a file beside them does."""
     monkeypatch.syspath_prepend(str(BOOK / "_ext"))
     fingerprint = importlib.import_module("fresh_and_offline").fingerprint
-    read = ["seqjepa_nb/runs.py", "README.md", "book/original.json", "book/runs/gpu/speed.json", *(f"{place}/a/{name}" for place in ("runs", "book/runs") for name in ("config.json", "metrics.json", "history.csv", "figures/eigs_rot.png"))]
+    read = ["seqjepa_nb/runs.py", "README.md", "book/original.json", "book/runs/gpu/speed.json",
+            *(f"{place}/a/{name}" for place in ("runs", "book/runs")
+              for name in ("config.json", "metrics.json", "history.csv", "figures/eigs_rot.png"))]
     beside = ["book/runs/a/20_train.ipynb", "runs/.jobs/a.json", "runs/a/state.safetensors"]
     for name in (*read, *beside):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -135,9 +139,13 @@ def test_the_cache_of_outputs_knows_every_file_that_a_page_reads(tmp_path, monke
 def test_the_readme_examples_run(tmp_path):
     model, own, coder, mine, trained = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     code = model + "assert out.z.shape == (64, 3, 128) and out.prediction.shape == out.target.shape == (64, 128)\n"
-    code += own + "assert 0 < numbers['class_z'] < 1\n" + coder.replace(".fit(views)", ".set_params(pair_epochs=3, restarts=1, restart_epochs=2, epochs=2).fit(views[:1000])") + "assert code.shape == (100, 11) and coder.score(views) > 1\n"
-    code += mine.replace('"batch": 50', '"batch": 50, "epochs": 1') + "assert run.metrics['environment']['data'] == 'arrays' and run.name.startswith('rotation-torus_phase-quick-noise-s0-')\n"
-    code += "from pathlib import Path; SeqJEPA(width=16).save_pretrained('runs/r'); Path('runs/r/config.json').write_text('{}'); Path('runs/r/metrics.json').write_text('{\"images\": {\"mean\": [0.13], \"std\": [0.3]}}')\n"
+    code += (own + "assert 0 < numbers['class_z'] < 1\n"
+             + coder.replace(".fit(views)", ".set_params(pair_epochs=3, restarts=1, restart_epochs=2, epochs=2).fit(views[:1000])")
+             + "assert code.shape == (100, 11) and coder.score(views) > 1\n")
+    code += (mine.replace('"batch": 50', '"batch": 50, "epochs": 1')
+             + "assert run.metrics['environment']['data'] == 'arrays' and run.name.startswith('rotation-torus_phase-quick-noise-s0-')\n")
+    code += ("from pathlib import Path; SeqJEPA(width=16).save_pretrained('runs/r'); Path('runs/r/config.json').write_text('{}'); "
+             "Path('runs/r/metrics.json').write_text('{\"images\": {\"mean\": [0.13], \"std\": [0.3]}}')\n")
     code += trained.replace("runs/rotation-original-quick-mnist-s0", "runs/r") + "assert z.shape == (64, 128)\n"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"SEQJEPA_DATA": str(data_root())}, check=True)
 
@@ -157,7 +165,8 @@ def test_every_notebook_run_and_module_has_a_chapter():
 def test_published_runs_name_no_folder_of_the_machine_they_ran_on():
     pages = list(BOOK.glob("runs/*/*.ipynb"))
     assert len(pages) > 10
-    assert not {f"{p.parent.name}: {found}" for p in pages for found in re.findall(r"[\"' (](/(?:home|root|tmp|work|opt|usr|mnt|data)/[^\\\"' ]*)", p.read_text())}
+    assert not {f"{p.parent.name}: {found}" for p in pages
+                for found in re.findall(r"[\"' (](/(?:home|root|tmp|work|opt|usr|mnt|data)/[^\\\"' ]*)", p.read_text())}
 
 
 NUMBER = re.compile(r"(?<![\w.,/-])[-−]?\d+\.\d+(?![\w./])")

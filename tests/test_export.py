@@ -29,6 +29,15 @@ def copy_sources(to):
     return to
 
 
+def test_no_code_line_is_too_long():
+    """At most 140 characters, but for the parameters, which papermill reads with their comments from one line each."""
+    sources = [(f"{p.name} {c['id']}", "".join(c["source"])) for p in NOTEBOOKS for c in cells(p, "code")
+               if "parameters" not in c["metadata"].get("tags", [])]
+    sources += [(p.relative_to(ROOT), p.read_text()) for at in ("book", "book/_ext", "tests") for p in sorted((ROOT / at).glob("*.py"))]
+    long = [f"{at}:{k} ({len(line)})" for at, source in sources for k, line in enumerate(source.splitlines(), 1) if len(line) > 140]
+    assert not long, f"longer than 140 characters: {long}"
+
+
 def test_package_is_its_notebooks_byte_for_byte(tmp_path):
     copy_sources(tmp_path)
     subprocess.run([BIN / "nbdev_export"], cwd=tmp_path, check=True)

@@ -38,9 +38,11 @@ def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
     found = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert {"card", "matrix rate", "steps", "recording", "layout", "search", "precision", "profile", "compile"} <= set(found)
     quick = found["steps"]["quick"]  # no bound on the share: on a busy machine the two rates are of different moments
-    assert quick["views_per_s"] > 0 and quick["operations_per_view"] > 1e6 and quick["share"] == pytest.approx(quick["views_per_s"] * quick["operations_per_view"] / quick["matrix_rate"])
+    assert (quick["views_per_s"] > 0 and quick["operations_per_view"] > 1e6
+            and quick["share"] == pytest.approx(quick["views_per_s"] * quick["operations_per_view"] / quick["matrix_rate"]))
     assert 15 < len(found["profile"]["rows"]) <= 60 and sum(r["share"] for r in found["profile"]["rows"]) <= 1.001
-    assert found["precision"]["float32"] != found["precision"]["float32, another seed"] and found["precision"]["bfloat16"] == pytest.approx(found["precision"]["float32"], abs=0.2)
+    assert (found["precision"]["float32"] != found["precision"]["float32, another seed"]
+            and found["precision"]["bfloat16"] == pytest.approx(found["precision"]["float32"], abs=0.2))
     monkeypatch.setattr(gpu.sweep, "start", None)  # nothing may be started again
     assert gpu.main(command) == 0
     assert "0 of 9 measurements to make, about 0 min: none" in capsys.readouterr().out
@@ -68,7 +70,8 @@ def test_a_step_neither_asks_the_device_nor_sends_it_numbers(monkeypatch):
     from seqjepa_nb import train
     from seqjepa_nb.config import make_config
     calls = []
-    for owner, name in ((torch.Tensor, "item"), (torch.Tensor, "tolist"), (torch.Tensor, "cpu"), (torch.Tensor, "numpy"), (torch.Tensor, "new_tensor"), (torch, "tensor"), (torch, "as_tensor")):
+    for owner, name in ((torch.Tensor, "item"), (torch.Tensor, "tolist"), (torch.Tensor, "cpu"), (torch.Tensor, "numpy"),
+                        (torch.Tensor, "new_tensor"), (torch, "tensor"), (torch, "as_tensor")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, real=real, name=name, **k: (calls.append(name), real(*a, **k))[1])
     counts = {}
@@ -104,7 +107,8 @@ class Crossings(TorchDispatchMode):
 
 
 def test_every_variant_can_be_recorded(monkeypatch):
-    """Up to its loss (matching is never trained), on tensors that only pretend to be on a GPU (a backward pass wants a real one); numbers asked of the device raise there."""
+    """Up to its loss (matching is never trained), on tensors that only pretend to be on a GPU (a backward pass wants a real one);
+    numbers asked of the device raise there."""
     from seqjepa_nb import train
     from seqjepa_nb.config import VARIANTS, make_config
     from seqjepa_nb.images import load_images
@@ -116,13 +120,17 @@ def test_every_variant_can_be_recorded(monkeypatch):
         assert crossings.seen == {"aten._to_copy.default"}
         with pytest.raises(Exception, match="local_scalar"):
             x.sum().item()
-    for mode, variant in [("rotation", v) for v in VARIANTS if v != "matching"] + [("multi", v) for v in ("original", "torus_phase", "torus_circles", "supervised")]:
-        config = make_config(mode, variant, "quick", device="cpu", overrides={"n_train": 64, "n_test": 64, "batch": 16, "precision": "float32"})
+    for mode, variant in [("rotation", v) for v in VARIANTS
+                          if v != "matching"] + [("multi", v) for v in ("original", "torus_phase", "torus_circles", "supervised")]:
+        config = make_config(mode, variant, "quick", device="cpu",
+                             overrides={"n_train": 64, "n_test": 64, "batch": 16, "precision": "float32"})
         _, limits, learner, probes, _ = train.prepare(config, digits)
         with FakeTensorMode(allow_non_fake_inputs=True):
             learner, probes = learner.to("cuda"), probes.to("cuda")
-            probes.optimiser, optimiser = (torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True, capturable=True) for net in (probes, learner))
-            step = train.Step(dataclasses.replace(config, device="cuda"), digits.to("cuda"), limits, learner, probes, {"optimiser": optimiser})
+            probes.optimiser, optimiser = (torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True, capturable=True)
+                                           for net in (probes, learner))
+            step = train.Step(dataclasses.replace(config, device="cuda"), digits.to("cuda"), limits, learner, probes,
+                              {"optimiser": optimiser})
             learner.train()
             with Crossings() as crossings:
                 step.once(torch.zeros(16, dtype=torch.long, device="cuda"), torch.zeros(16, 4, 4, device="cuda"))

@@ -10,7 +10,8 @@ import time
 import pytest
 from conftest import ROOT, papermill
 
-TINY = {"n_train": 60, "n_test": 40, "planes": 12, "torus": 1, "multiplicity": 2, "grid": 16, "templates": 3, "steps": 3, "pair_epochs": 2, "restarts": 2, "restart_epochs": 2, "epochs": 2, "batch": 20}
+TINY = {"n_train": 60, "n_test": 40, "planes": 12, "torus": 1, "multiplicity": 2, "grid": 16, "templates": 3, "steps": 3,
+        "pair_epochs": 2, "restarts": 2, "restart_epochs": 2, "epochs": 2, "batch": 20}
 
 
 def options(**more):
@@ -36,14 +37,16 @@ def numbers(folder):
 
 def test_papermill_leaves_a_run_like_the_others(tmp_path, calm):
     out = tmp_path / "out.ipynb"
-    done = papermill("nbs/21_lie_baseline.ipynb", out, "-p", "mode", "rotation", "-p", "preset", "quick", "-p", "runs_dir", tmp_path / "runs", "-y", json.dumps({"overrides": TINY}))
+    done = papermill("nbs/21_lie_baseline.ipynb", out, "-p", "mode", "rotation", "-p", "preset", "quick", "-p", "runs_dir",
+                     tmp_path / "runs", "-y", json.dumps({"overrides": TINY}))
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").glob("[!.]*")
     assert {"config.json", "metrics.json", "history.csv", "figures", "model.safetensors"} == {p.name for p in folder.iterdir()}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"run", "controlled", "lie", "environment"} and list(metrics["controlled"]["factors"]) == ["rotation"]
     assert len(metrics["lie"]["restarts"]) == 2 and metrics["lie"]["snr"] > 1
-    assert {"circle", "r2", "ev"} <= set(metrics["controlled"]["factors"]["rotation"]) and set(metrics["lie"]["representations"]) == {"code", "planes", "angles", "alpha"}
+    assert ({"circle", "r2", "ev"} <= set(metrics["controlled"]["factors"]["rotation"])
+            and set(metrics["lie"]["representations"]) == {"code", "planes", "angles", "alpha"})
     outputs = [o for c in json.loads(out.read_text())["cells"] for o in c.get("outputs", [])]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 6 and "**Finding.**" in "".join(outputs[-1]["data"]["text/markdown"])
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
@@ -64,7 +67,8 @@ def test_the_notebook_refuses_values_before_any_work(tmp_path, calm, parameters,
     """The cells as papermill parametrises them, run in this process."""
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
-    notebook = parameterize_notebook(load_notebook_node(str(ROOT / "nbs" / "21_lie_baseline.ipynb")), parameters | {"runs_dir": str(tmp_path / "runs"), "preset": "quick"})
+    notebook = parameterize_notebook(load_notebook_node(str(ROOT / "nbs" / "21_lie_baseline.ipynb")),
+                                     parameters | {"runs_dir": str(tmp_path / "runs"), "preset": "quick"})
     space = {}
     with pytest.raises(ValueError, match=re.escape(words)):
         for cell in notebook.cells:
@@ -75,7 +79,9 @@ def test_the_notebook_refuses_values_before_any_work(tmp_path, calm, parameters,
 
 def test_unknown_values_name_the_valid_ones():
     from seqjepa_nb.baseline import make_config
-    for options, words in (({"variant": "best"}, "lie, lie_exemplars"), ({"preset": "huge"}, "quick"), ({"seed": "one"}, "seed is a whole number"), ({"device": "cuda:99"}, "is not there"), ({"overrides": {"lrr": 1}}, "unknown names lrr")):
+    for options, words in (({"variant": "best"}, "lie, lie_exemplars"), ({"preset": "huge"}, "quick"),
+                           ({"seed": "one"}, "seed is a whole number"), ({"device": "cuda:99"}, "is not there"),
+                           ({"overrides": {"lrr": 1}}, "unknown names lrr")):
         with pytest.raises(ValueError, match=words):
             make_config(**options)
 
@@ -83,7 +89,8 @@ def test_unknown_values_name_the_valid_ones():
 def test_killed_run_goes_on_to_the_same_numbers(tmp_path, calm, capsys):
     from seqjepa_nb.files import load_state
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code = f"import torch; torch.set_num_threads(1); from seqjepa_nb.baseline import fit_run, make_config; fit_run(make_config(**{options()!r}), {str(broken)!r})"
+    code = ("import torch; torch.set_num_threads(1); from seqjepa_nb.baseline import fit_run, make_config; "
+            f"fit_run(make_config(**{options()!r}), {str(broken)!r})")
     process, done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
     while done < 3 and process.poll() is None:
         state = next(broken.glob("*/state.safetensors"), None)
@@ -102,7 +109,8 @@ def test_few_first_learns_from_one_image_a_class_and_then_from_all(tmp_path, cal
     """Both stages stand in the history, the restarts and the counted views; the figure of the notebook draws both."""
     import nbformat
     out = tmp_path / "out.ipynb"
-    done = papermill("nbs/21_lie_baseline.ipynb", out, "-p", "variant", "lie_few_first", "-p", "preset", "quick", "-p", "runs_dir", tmp_path / "runs", "-y", json.dumps({"overrides": TINY | {"n_exemplar": 60}}))
+    done = papermill("nbs/21_lie_baseline.ipynb", out, "-p", "variant", "lie_few_first", "-p", "preset", "quick", "-p",
+                     "runs_dir", tmp_path / "runs", "-y", json.dumps({"overrides": TINY | {"n_exemplar": 60}}))
     assert done.returncode == 0, done.stderr[-2000:]
     _, lie, history = numbers(tmp_path / "runs")
     phases = [row["phase"] for row in history]
@@ -170,7 +178,8 @@ def test_what_another_process_finished_meanwhile_is_not_trained_again(tmp_path, 
 def test_help_explains_every_parameter():
     from papermill.inspection import inspect_notebook
     found = inspect_notebook(str(ROOT / "nbs" / "21_lie_baseline.ipynb"))
-    assert set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "wandb_mode", "overrides"} and all(p["help"] for p in found.values())
+    assert (set(found) == {"mode", "variant", "preset", "dataset", "seed", "device", "runs_dir", "wandb_mode", "overrides"}
+            and all(p["help"] for p in found.values()))
 
 
 def test_posteriors_are_held_a_few_images_at_a_time(monkeypatch):
@@ -178,7 +187,8 @@ def test_posteriors_are_held_a_few_images_at_a_time(monkeypatch):
     import torch
     from seqjepa_nb import lie, posterior
     g = torch.Generator().manual_seed(0)
-    model = lie.LieSparseCoder(templates=2, torus=2, planes=6, grid=8, device="cpu", dtype="float64").known(torch.linalg.qr(torch.randn(16, 12, generator=g))[0], torch.nn.functional.normalize(torch.randn(16, 2, generator=g), dim=0))
+    model = lie.LieSparseCoder(templates=2, torus=2, planes=6, grid=8, device="cpu", dtype="float64").known(
+        torch.linalg.qr(torch.randn(16, 12, generator=g))[0], torch.nn.functional.normalize(torch.randn(16, 2, generator=g), dim=0))
     images, sizes, whole = torch.rand(40, 16, generator=g), [], posterior.Torus.log_density
     before = model.transform(images), model.posterior(images), torch.tensor(list(model.evaluate(images).values()))
     monkeypatch.setattr(posterior.Torus, "log_density", lambda self, c: sizes.append(len(c) * self.grid**self.n) or whole(self, c))
@@ -189,5 +199,7 @@ def test_posteriors_are_held_a_few_images_at_a_time(monkeypatch):
         assert max(sizes) == most
         sizes.clear()
     monkeypatch.undo()
-    cube = lie.LieSparseCoder(torus=3, planes=5, templates=2, device="cpu").known(torch.linalg.qr(torch.randn(16, 10, generator=g))[0], torch.rand(16, 2))
-    assert [len(rows) for rows in cube._chunks(torch.rand(300, 16))] == [134, 134, 32] and {len(rows) for rows in cube._chunks(torch.rand(64, 16), 100**3)} == {16}
+    cube = (lie.LieSparseCoder(torus=3, planes=5, templates=2, device="cpu")
+            .known(torch.linalg.qr(torch.randn(16, 10, generator=g))[0], torch.rand(16, 2)))
+    assert ([len(rows) for rows in cube._chunks(torch.rand(300, 16))] == [134, 134, 32]
+            and {len(rows) for rows in cube._chunks(torch.rand(64, 16), 100**3)} == {16})

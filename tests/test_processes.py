@@ -20,7 +20,9 @@ for kind in ("single", "double"):
         torch.Tensor.float, views = torch.Tensor.double, train.make_views
         train.make_views = lambda *a: views(*a).double()
     for variant, overrides in ({"original": {}} | ({"teacherless": {"rate_on": "projector"}} if kind == "double" else {})).items():
-        c = train.make_config("multi", variant, "quick", device="cpu", overrides={"width": 4, "n_train": 64, "n_test": 32, "batch": 64, "epochs": STEPS, "precision": "float32"} | overrides)
+        c = train.make_config("multi", variant, "quick", device="cpu",
+                              overrides={"width": 4, "n_train": 64, "n_test": 32, "batch": 64, "epochs": STEPS,
+                                         "precision": "float32"} | overrides)
         step = train.Step(c, *train.prepare(c))
         rows = [train.train_epoch(c, step, e) for e in range(c.epochs)]  # one step each
         found[f"{kind} {variant}"] = [r["loss"] for r in rows] + [float(p.detach().square().sum()) for p in step.probes.parameters()]
@@ -38,7 +40,8 @@ def run(command):
 
 
 def test_the_first_twenty_losses_equal_one_process(tmp_path):
-    """Dropout, BatchNorm, the rate over the whole batch, the slow copy and the online probes included. In float32 rounding grows from step to step, as it does between any two orders of summation."""
+    """Dropout, BatchNorm, the rate over the whole batch, the slow copy and the online probes included. In float32 rounding grows
+    from step to step, as it does between any two orders of summation."""
     (tmp_path / "losses.py").write_text(LOSSES)
     for name, launcher in (("one", [sys.executable]), ("two", TWO)):
         run([*launcher, str(tmp_path / "losses.py"), str(tmp_path / name)])
@@ -57,7 +60,8 @@ def test_a_launched_run_has_one_writer(tmp_path):
     words = ["mode=rotation", "preset=quick", "device=cpu", f"runs_dir={tmp_path}", f"overrides={json.dumps(TINY | {'epochs': 2})}"]
     said = run([*TWO, "-m", "seqjepa_nb.train", *words])
     (folder,) = tmp_path.glob("[!.]*")
-    assert {"config.json", "metrics.json", "history.csv", "figures", "model.json", "model.safetensors"} == {p.name for p in folder.iterdir()} - {"wandb"}
+    assert ({"config.json", "metrics.json", "history.csv", "figures", "model.json", "model.safetensors"}
+            == {p.name for p in folder.iterdir()} - {"wandb"})
     assert said.count("2 epochs on cpu") == 1, said
     before = (folder / "metrics.json").stat().st_mtime_ns
     again = run([sys.executable, "-m", "seqjepa_nb.train", *words])

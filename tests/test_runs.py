@@ -92,7 +92,8 @@ def test_killed_while_writing(tmp_path):
 
 
 def test_state_round_trip_is_exact(tmp_path):
-    tensors = {"f": torch.randn(5, 3).T, "i": torch.arange(4), "b": torch.randn(3).bfloat16(), "n": torch.tensor([float("nan"), float("inf")]), "empty": torch.zeros(0, 2)}
+    tensors = {"f": torch.randn(5, 3).T, "i": torch.arange(4), "b": torch.randn(3).bfloat16(),
+               "n": torch.tensor([float("nan"), float("inf")]), "empty": torch.zeros(0, 2)}
     files.save_state(tmp_path / "s", tensors, {"history": [{"loss": 1 / 3}], "wandb_id": None})
     back, meta = files.load_state(tmp_path / "s")
     assert meta == {"history": [{"loss": 1 / 3}], "wandb_id": None} and set(back) == set(tensors)
@@ -148,13 +149,14 @@ def test_read_runs_on_a_mixture(tmp_path):
     assert table["published.r2"].tolist()[:2] == [0.5, 0.25] and pd.isna(table["published.r2"].iloc[2])
     assert table["lie.snr"].dtype == float and table["lie.snr"].isna().tolist() == [False, True, True, True]
     assert table["run.variant"].tolist() == ["lie", "original", "original", "original"]
-    shown = tables.show(tables.table(found, {"published.r2": "R2", "controlled.class_z": "class", "never.measured": "x", "lie.restarts": "restarts"}))
+    shown = tables.show(tables.table(found, {"published.r2": "R2", "controlled.class_z": "class", "never.measured": "x",
+                                             "lie.restarts": "restarts"}))
     assert shown["R2"].tolist() == ["0.500", "0.250", "not measured", "0.750"]
     assert set(shown["class"]) == set(shown["x"]) == {"not measured"} and shown["restarts"].iloc[0] == "11.3, 4.600"
 
 
-@pytest.mark.parametrize("name, content", [("metrics.json", '{"published": {"r2"'), ("metrics.json", ""), ("metrics.json", "[1]"), ("config.json", "\0\0"),
-                                           ("history.csv", ""), ("history.csv", "a,b\n1,2,3\n4,5,6,7\n")])
+@pytest.mark.parametrize("name, content", [("metrics.json", '{"published": {"r2"'), ("metrics.json", ""), ("metrics.json", "[1]"),
+                                           ("config.json", "\0\0"), ("history.csv", ""), ("history.csv", "a,b\n1,2,3\n4,5,6,7\n")])
 def test_damaged_run_names_file_and_remedy(tmp_path, name, content):
     folder = make_run(tmp_path, 0, {"published": {}})
     (folder / name).write_text(content)
@@ -254,10 +256,12 @@ def test_progress_in_a_kernel_reaches_the_terminal(tmp_path):
     import nbformat
     code = ("from seqjepa_nb import logs\nbar = logs.progress(3, 'training-of-a-run')\nfor _ in range(3): bar.update()\nbar.close()\n"
             "print('said in the notebook')")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)],
+                                        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(notebook, tmp_path / "in.ipynb")
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
-    done = subprocess.run([sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb"], cwd=tmp_path, capture_output=True,
+                          text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "training-of-a-run: 100%" in done.stderr and "3/3" in done.stderr
     outputs = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs
@@ -273,7 +277,8 @@ def test_progress_outlives_its_terminal():
 
 
 def test_commit_and_root(tmp_path, monkeypatch):
-    git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True,
+                                    capture_output=True, text=True).stdout
     (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "deep" / "er")

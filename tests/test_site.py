@@ -18,7 +18,8 @@ math.then(() => setTimeout(() => done(true), 100));
 """
 BROKEN = "return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
 BAD_MATH = "return [...document.querySelectorAll('mjx-merror, [data-mjx-error]')].map(e => e.textContent)"
-LOST = "return [...document.querySelectorAll('a[href^=\"#\"]')].map(a => a.getAttribute('href').slice(1)).filter(i => i && !document.getElementById(decodeURIComponent(i)))"
+LOST = ("return [...document.querySelectorAll('a[href^=\"#\"]')].map(a => a.getAttribute('href').slice(1)).filter(i => "
+        "i && !document.getElementById(decodeURIComponent(i)))")
 LINKS = "return [...document.querySelectorAll('.bd-article a[href]')].map(a => a.href.split('#')[0])"
 WIDE = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
@@ -69,7 +70,8 @@ def test_every_page(site, address, driver):
     for page in pages:
         complaints, asked = visit(driver, f"{address}/{page}")
         complaints += [f"from elsewhere: {u}" for u in outside(asked)]
-        complaints += [f"link to nowhere: {u}" for u in set(driver.execute_script(LINKS)) if u.startswith(address) and not (site.html / urlparse(u).path.lstrip("/")).exists()]
+        complaints += [f"link to nowhere: {u}" for u in set(driver.execute_script(LINKS))
+                       if u.startswith(address) and not (site.html / urlparse(u).path.lstrip("/")).exists()]
         if complaints:
             bad[str(page)] = complaints
     assert not bad, json.dumps(bad, indent=1)

@@ -1,4 +1,5 @@
-"""Sweeps as a user starts them: one run fails, one is skipped, one is killed and resumed, Ctrl-C, what a killed sweep leaves behind, Slurm's commands."""
+"""Sweeps as a user starts them: one run fails, one is skipped, one is killed and resumed, Ctrl-C, what a killed sweep
+leaves behind, Slurm's commands."""
 import json
 import os
 import signal
@@ -17,12 +18,14 @@ LONG = TINY | {"epochs": 400}
 
 def write(folder, overrides, **more):
     file = folder / "sweep.yml"
-    file.write_text(yaml.safe_dump({"runs": {"mode": "rotation", "preset": "quick", "device": "cpu", "overrides": overrides}, "runs_dir": str(folder / "runs")} | more))
+    file.write_text(yaml.safe_dump({"runs": {"mode": "rotation", "preset": "quick", "device": "cpu", "overrides": overrides},
+                                    "runs_dir": str(folder / "runs")} | more))
     return str(file)
 
 
 def begin(file):
-    return subprocess.Popen([sys.executable, "-m", "seqjepa_nb.sweep", file], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    return subprocess.Popen([sys.executable, "-m", "seqjepa_nb.sweep", file], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
 def kept(folder):
@@ -74,7 +77,8 @@ def test_a_failing_run_stops_no_other_and_a_finished_one_is_skipped(tmp_path, sw
 
 
 def test_interrupted_it_leaves_no_process_and_goes_on(tmp_path, sweep):
-    """Ctrl-C leaves no process; the same command goes on; killed, it leaves its job behind, which the next one ends before anything else."""
+    """Ctrl-C leaves no process; the same command goes on; killed, it leaves its job behind, which the next
+    one ends before anything else."""
     file = write(tmp_path, LONG)
     process = begin(file)
     wait_for(process, lambda: kept(tmp_path) >= 2)
@@ -114,8 +118,11 @@ def test_a_job_is_stopped_after_its_minutes(tmp_path, calm):
     assert 4.5 < time.time() - begun < 30 and not at_work(tmp_path)
 
 
-@pytest.mark.parametrize("text, words", [("runs: {mode: shear, preset: quick}", "rotation, translation, scale, multi"), ("runs: {preset: quick, epochs: 3}", "unknown epochs. Valid: notebook, mode"),
-                                         ("runs: {preset: quick, overrides: 5}", "overrides: names and values expected"), ("runs: {preset: quick, seed: []}", "seed without a value"), ("runs: {preset: quick, dataset: minst}", "'minst' is no folder"),
+@pytest.mark.parametrize("text, words", [("runs: {mode: shear, preset: quick}", "rotation, translation, scale, multi"),
+                                         ("runs: {preset: quick, epochs: 3}", "unknown epochs. Valid: notebook, mode"),
+                                         ("runs: {preset: quick, overrides: 5}", "overrides: names and values expected"),
+                                         ("runs: {preset: quick, seed: []}", "seed without a value"),
+                                         ("runs: {preset: quick, dataset: minst}", "'minst' is no folder"),
                                          ("runs: {preset: quick, notebook: {a: 1}}", "notebook is one of 20_train")])
 def test_refused_before_any_work(tmp_path, sweep, text, words):
     (tmp_path / "s.yml").write_text(text)
@@ -125,7 +132,8 @@ def test_refused_before_any_work(tmp_path, sweep, text, words):
 
 def test_dry_run_of_the_reproduction(tmp_path, sweep):
     code, said = sweep("sweeps/reproduction.yml", "--dry-run", "--executor", "slurm", "--runs-dir", str(tmp_path))
-    assert code == 0 and said.count("papermill nbs/20_train.ipynb") == 6 and "Slurm: 1440 minutes" in said and not list(tmp_path.iterdir()), said
+    assert (code == 0 and said.count("papermill nbs/20_train.ipynb") == 6 and "Slurm: 1440 minutes" in said
+            and not list(tmp_path.iterdir())), said
 
 
 def test_every_published_run_is_in_a_sweep():
@@ -142,7 +150,8 @@ def test_slurm_gets_each_job(tmp_path, calm, monkeypatch):
     from seqjepa_nb.sweep import read_sweep, run_sweep
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, text in {"srun": "exit 0", "scancel": f"echo $* >> {tmp_path}/scancel", "sacct": "echo 'JobID|State|NodeList'; echo '7|COMPLETED|n'",
+    for name, text in {"srun": "exit 0", "scancel": f"echo $* >> {tmp_path}/scancel",
+                       "sacct": "echo 'JobID|State|NodeList'; echo '7|COMPLETED|n'",
                        "sbatch": f"cp $1 {tmp_path}/batch.sh; echo Submitted batch job 7"}.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(0o755)

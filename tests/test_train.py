@@ -29,7 +29,8 @@ def numbers(folder):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    subprocess.run(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}, check=True, capture_output=True)
+    subprocess.run(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
+                   check=True, capture_output=True)
     return numbers(folder)
 
 
@@ -65,9 +66,11 @@ def test_a_learned_generator_is_kept(tmp_path, calm):
 
 
 def kill_after_epoch(folder, epochs, delay):
-    """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written; the seconds that its state counts by then."""
+    """Start a run and SIGKILL it `delay` seconds after its state of `epochs` epochs is written; the seconds
+    that its state counts by then."""
     from seqjepa_nb.files import load_state
-    process = subprocess.Popen(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(fit_command(folder), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     done = 0
     while done < epochs and process.poll() is None:
         state = next(folder.glob("*/state.safetensors"), None)
@@ -116,7 +119,8 @@ def test_interrupt_says_how_to_go_on(tmp_path, calm, unbroken):
 
 
 def test_full_disk_keeps_the_last_whole_state(tmp_path, calm, unbroken):
-    """A file can't grow past a limit, as on a full disk: the run fails with a clear error, no half file stays, and with room again it goes on."""
+    """A file can't grow past a limit, as on a full disk: the run fails with a clear error, no half file stays, and
+    with room again it goes on."""
     kill_after_epoch(tmp_path, 1, 0.0)
     (state,) = tmp_path.glob("*/state.safetensors")
     before, names = state.read_bytes(), sorted(p.name for p in state.parent.iterdir())
@@ -156,7 +160,8 @@ def test_what_another_process_has_finished_meanwhile_is_not_trained_again(tmp_pa
 
 @pytest.mark.parametrize("name", ["train_epoch", "measured"])
 def test_an_error_closes_the_log(tmp_path, calm, monkeypatch, name):
-    """Weights & Biases is told that the run has failed, wherever it did; nothing is said twice, and the run that goes on is one that ended well."""
+    """Weights & Biases is told that the run has failed, wherever it did; nothing is said twice, and the run that
+    goes on is one that ended well."""
     from seqjepa_nb import logs, train
     config = train.make_config("rotation", "original", "quick", device="cpu", overrides=TINY | {"n_train": 64, "epochs": 1})
     start, codes = logs.start_wandb, []
@@ -181,12 +186,14 @@ TINY_YAML = json.dumps({"overrides": TINY | {"epochs": 2}})
 @pytest.mark.parametrize("mode", ["rotation", "multi", "translation", "scale"])
 def test_papermill_runs_each_mode(tmp_path, calm, mode):
     out = tmp_path / "out.ipynb"
-    done = papermill("nbs/20_train.ipynb", out, "-p", "mode", mode, "-p", "preset", "quick", "-p", "runs_dir", tmp_path / "runs", "-y", TINY_YAML)
+    done = papermill("nbs/20_train.ipynb", out, "-p", "mode", mode, "-p", "preset", "quick", "-p", "runs_dir",
+                     tmp_path / "runs", "-y", TINY_YAML)
     assert done.returncode == 0, done.stderr
     assert "s/it" in done.stderr or "it/s" in done.stderr
     metrics = json.loads(next((tmp_path / "runs").glob("*/metrics.json")).read_text())
     assert metrics["run"]["mode"] == mode
-    assert list(metrics["controlled"]["factors"]) == {"rotation": ["rotation"], "scale": ["scale"], "translation": ["x", "y"], "multi": ["rotation", "x", "y", "scale"]}[mode]
+    assert list(metrics["controlled"]["factors"]) == {"rotation": ["rotation"], "scale": ["scale"], "translation": ["x", "y"],
+                                                      "multi": ["rotation", "x", "y", "scale"]}[mode]
     cells = json.loads(out.read_text())["cells"]
     outputs = [o for c in cells for o in c.get("outputs", [])]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
@@ -240,7 +247,8 @@ def test_without_a_network_the_digits_come_from_the_wheel(tmp_path, calm):
 
 
 def test_photographs_go_all_the_way(tmp_path, calm):
-    """CIFAR-10 from JPEG files by class: limited rotations, reflected borders, colour; all figures, both families, and what CRATE blocks do."""
+    """CIFAR-10 from JPEG files by class: limited rotations, reflected borders, colour; all figures, both
+    families, and what CRATE blocks do."""
     generator = np.random.default_rng(0)
     for part, n in (("train", 44), ("test", 12)):
         for name in ("cat", "ship", "truck"):
@@ -251,7 +259,8 @@ def test_photographs_go_all_the_way(tmp_path, calm):
     options = TINY | {"n_test": 36, "epochs": 1}
     code = (f"from seqjepa_nb.train import fit, make_config\nfor mode, variant in (('rotation', 'torus_phase'), ('multi', 'crate')):\n"
             f"    fit(make_config(mode, variant, 'quick', 'cifar10', device='cpu', overrides={options!r}), {str(tmp_path / 'runs')!r})")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"SEQJEPA_DATA": str(tmp_path / "data")}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"SEQJEPA_DATA": str(tmp_path / "data")},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     from seqjepa_nb import runs, tables, viz
     turned, crate = (next(r for r in runs.read_runs(tmp_path / "runs") if r.config["variant"] == v) for v in ("torus_phase", "crate"))
@@ -261,10 +270,12 @@ def test_photographs_go_all_the_way(tmp_path, calm):
         assert list(found) == factors and "circle" not in found["rotation"]
         numbers = [n for v in tables.flatten(run.metrics["controlled"]).values() for n in (v if isinstance(v, list) else [v])]
         assert all(isinstance(n, float) for n in numbers), "a controlled number is missing"
-        assert {"combined_trajectories", "eigs_rot", "rank_monitor", "rotation_circle", "sweep_traj_rot"} <= set(run.figures) <= set(viz.CAPTIONS)
+        assert ({"combined_trajectories", "eigs_rot", "rank_monitor", "rotation_circle", "sweep_traj_rot"}
+                <= set(run.figures) <= set(viz.CAPTIONS))
     assert turned.metrics["controlled"]["factors"]["rotation"]["own_action_error"] >= 0
     blocks = crate.metrics["crate"]
-    assert len(blocks["layers"]) == len(blocks["sparsity"]) == 3 and set(blocks["heads"]) == set(blocks["untrained"]["heads"]) == set(factors) and "head_heatmap" in crate.figures
+    assert (len(blocks["layers"]) == len(blocks["sparsity"]) == 3
+            and set(blocks["heads"]) == set(blocks["untrained"]["heads"]) == set(factors) and "head_heatmap" in crate.figures)
     assert blocks["sparsity"] != blocks["untrained"]["sparsity"]
 
 

@@ -1,4 +1,5 @@
-"""Let Sphinx read nbdev notebooks: `#|` lines become cell tags and disappear from the page; long names in a table's heads may break, names of published runs lead to their pages."""
+"""Let Sphinx read nbdev notebooks: `#|` lines become cell tags and disappear from the page; long names in a table's heads may
+break, names of published runs lead to their pages."""
 import json
 import re
 
@@ -50,7 +51,8 @@ def breakable_heads(app, pagename, templatename, context, doctree):
 
 
 def linked_runs(app, pagename, templatename, context, doctree):
-    """Sphinx event: make a link of each name of a published run that fills an element of its own, be it a word of code or a table's cell."""
+    """Sphinx event: make a link of each name of a published run that fills an element of its own, be it a
+    word of code or a table's cell."""
     pages = {name.split("/")[1]: name for name in app.env.found_docs if name.startswith("runs/")}
     if (body := context.get("body")) and not pagename.startswith("runs/"):
         link = lambda m: f'<a class="reference internal" href="{context["pathto"](pages[m[0]])}">{m[0]}</a>' if m[0] in pages else m[0]

@@ -34,11 +34,13 @@ def execute(app, env, docnames):
     """Sphinx event, before pages are read."""
     cache = get_cache(app.config.nb_execution_cache_path)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        jobs = {pool.submit(single_nb_execution, notebook, str(path.parent), app.config.nb_execution_timeout, False): (path, notebook) for path, notebook in waiting(app, docnames, cache)}
+        jobs = {pool.submit(single_nb_execution, notebook, str(path.parent), app.config.nb_execution_timeout, False): (path, notebook)
+                for path, notebook in waiting(app, docnames, cache)}
         for k, job in enumerate(as_completed(jobs), 1):
             (path, notebook), result = jobs[job], job.result()
             if result.err is None:
-                cache.cache_notebook_bundle(CacheBundleIn(notebook, str(path), data={"execution_seconds": result.time}), check_validity=False, overwrite=True)
+                cache.cache_notebook_bundle(CacheBundleIn(notebook, str(path), data={"execution_seconds": result.time}),
+                                            check_validity=False, overwrite=True)
                 log.info(f"{path}: Executed notebook in {result.time:.2f} seconds, {k} of {len(jobs)}")
 
 
