@@ -47,9 +47,12 @@ class MatchingEncoder(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor, limits: Ranges):
-        """Take the first of images (n, 3, h, w) in pose zero as templates, and how far poses go; ValueError if the images are too few."""
+        """Take the first of images (n, 3, h, h) in pose zero as templates, and how far poses go; ValueError if the images are too few
+        or not square."""
         if len(x) < len(self.templates):
             raise ValueError(f"{len(x)} images are too few for the {len(self.templates)} templates of matching at this width")
+        if x.shape[-1] != x.shape[-2]:
+            raise ValueError(f"matching takes square images, not {x.shape[-2]}x{x.shape[-1]}")
         seen = self._see(x[:len(self.templates)])
         self.templates.copy_(seen - seen.amin((1, 2, 3), keepdim=True))  # so that what a pose brings in is as dark as the darkest point
         self.limits.copy_(torch.tensor([limits.rotation, limits.shift * 28 / x.shape[-1], *limits.log_scale,
