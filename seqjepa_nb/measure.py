@@ -8,6 +8,7 @@ __all__ = ['CHUNK', 'PROBE_IMAGES', 'ANCHORS', 'K', 'KINDS', 'AHEAD', 'ON_ALL', 
            'Goal', 'goals', 'reached', 'by_construction', 'one_measure', 'unimposed']
 
 # %% ../nbs/12_measure.ipynb #47e11ed8
+import itertools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -112,48 +113,46 @@ def controlled(encode, images: ImageSet, mode: str, limits: Ranges, aggregate=No
     n = min(len(images.train), PROBE_IMAGES)
     fit = probe_data(encode, images.train[:n], limits, seed, aggregate)
     held = probe_data(encode, images.test, limits, seed + 1, aggregate)
-    label, label_held = images.train_labels[:n].cpu(), images.test_labels.cpu()
 
-    start, read, told = Beside(torch.get_num_threads()), frozen.frozen_r2, frozen.frozen_accuracy
-    by_class = ({"z": ("z", "logistic"), "z_mlp": ("z", "mlp")}
-                | {n: (n, "logistic") for n in ("z_agg", "z_agg_identity") if aggregate is not None})
-    classes = {f"class_{name}": start(told, fit[z], label, held[z], label_held, kind) for name, (z, kind) in by_class.items()}
-    poses = {f: (pose_targets(fit["poses"], f), pose_targets(held["poses"], f)) for f in MODES[mode]}
-    tasks = {f: {f"r2{suffix}": start(read, fit["z"], y, held["z"], y_held, kind) for suffix, kind in KINDS.items()}
-             for f, (y, y_held) in poses.items()}
+    # what a probe sees and is asked are pairs: of the training images, of the test images
+    pair = lambda key: (fit[key], held[key])
+    of_each = lambda f, *pairs: tuple(f(*one) for one in zip(*pairs))
+    beside, read, told = Beside(torch.get_num_threads()), frozen.frozen_r2, frozen.frozen_accuracy
+    ask = lambda probe, seen, wanted, kind: beside(probe, seen[0], wanted[0], seen[1], wanted[1], kind)
+    both_kinds = lambda name, seen, wanted: {f"{name}{suffix}": ask(read, seen, wanted, kind) for suffix, kind in KINDS.items()}
+    z, label = pair("z"), (images.train_labels[:n].cpu(), images.test_labels.cpu())
+    turn = of_each(lambda a, b: relative_action(a, b)[:, :2], pair("poses"), pair("poses_next"))  # (n, 2), sine and cosine
 
-    turn = lambda d: relative_action(d["poses"], d["poses_next"])[:, :2]  # (n, 2), sine and cosine
-    both = lambda d, part: torch.cat([part(d["z"]), part(d["z_next"])], 1)  # (n, 2 d)
+    classes = {"class_z": ask(told, z, label, "logistic"), "class_z_mlp": ask(told, z, label, "mlp")}
+    if aggregate is not None:
+        classes |= {f"class_{key}": ask(told, pair(key), label, "logistic") for key in ("z_agg", "z_agg_identity")}
+    poses = {f: of_each(lambda p: pose_targets(p, f), pair("poses")) for f in MODES[mode]}
+    asked = {f: both_kinds("r2", z, pose) for f, pose in poses.items()}
+
     factors, sweeps, bases = {}, {}, {}
     z0 = in_chunks(encode, anchors)
-    for f, (y, y_held) in poses.items():
+    for f, pose in poses.items():
         values = subspace.sweep_values(f, limits)
-        z = subspace.sweep(lambda x: in_chunks(encode, x), anchors, f, values, limits.padding)  # (a, n, d)
-        cyclic = f == "rotation" and limits.full_circle
-        sweeps[f] = (z, values)
-        bases[f] = subspace.basis((z - z0[:, None]).flatten(0, 1), K[f])
-        rest, rest_held = (subspace.project_out(d["z"], bases[f]) for d in (fit, held))
-        tasks[f] |= {f"r2_complement{suffix}": start(read, rest, y, rest_held, y_held, kind) for suffix, kind in KINDS.items()}
-        kept, kept_held = (d["z"] @ bases[f] for d in (fit, held))
-        tasks[f] |= ({f"r2_subspace{suffix}": start(read, kept, y, kept_held, y_held, kind) for suffix, kind in KINDS.items()}
-                     | {"class_subspace": start(told, kept, label, kept_held, label_held, "mlp")})
+        path = subspace.sweep(lambda x: in_chunks(encode, x), anchors, f, values, limits.padding)  # (a, n, d)
+        sweeps[f], cyclic = (path, values), f == "rotation" and limits.full_circle
+        basis = bases[f] = subspace.basis((path - z0[:, None]).flatten(0, 1), K[f])
+        parts = {"": lambda z: z, "_subspace": lambda z: z @ basis, "_complement": lambda z: subspace.project_out(z, basis)}
+        kept, rest = (of_each(parts[name], z) for name in ("_subspace", "_complement"))
+        asked[f] |= both_kinds("r2_complement", rest, pose) | both_kinds("r2_subspace", kept, pose)
+        asked[f]["class_subspace"] = ask(told, kept, label, "mlp")
         if f == "rotation":
-            parts = {"": lambda z: z, "_subspace": lambda z: z @ bases["rotation"],
-                     "_complement": lambda z: subspace.project_out(z, bases["rotation"])}
-            tasks[f] |= {f"r2_turn{suffix}": start(read, both(fit, part), turn(fit), both(held, part), turn(held), "mlp")
-                         for suffix, part in parts.items()}
-        factors[f] = subspace.factor_report(z, z0, values, f, K[f], cyclic, act)
+            for name, part in parts.items():
+                views = of_each(lambda a, b: torch.cat([part(a), part(b)], 1), z, pair("z_next"))  # (n, 2 d)
+                asked[f][f"r2_turn{name}"] = ask(read, views, turn, "mlp")
+        factors[f] = subspace.factor_report(path, z0, values, f, K[f], cyclic, act)
         if cyclic:
-            half = subspace.half_turn(z)
-            factors[f]["half_turn"] = {images.classes[c]: float(half[label_held[:ANCHORS] == c].nanmean())
-                                       for c in label_held[:ANCHORS].unique().tolist()}
+            half, classed = subspace.half_turn(path), label[1][:ANCHORS]
+            factors[f]["half_turn"] = {images.classes[c]: float(half[classed == c].nanmean()) for c in classed.unique().tolist()}
 
-    names = list(bases)
-    for f, waiting in tasks.items():
+    for f, waiting in asked.items():
         factors[f] |= {name: done.result() for name, done in waiting.items()}
-    found = {"factors": factors, "overlap": {f"{f}-{g}": float(subspace.overlap(bases[f], bases[g])) for i, f in enumerate(names)
-                                             for g in names[i + 1:]}}
-    return found | {name: done.result() for name, done in classes.items()}, sweeps
+    overlap = {f"{f}-{g}": float(subspace.overlap(bases[f], bases[g])) for f, g in itertools.combinations(bases, 2)}
+    return {"factors": factors, "overlap": overlap} | {name: done.result() for name, done in classes.items()}, sweeps
 
 
 KINDS = {"": "ridge", "_mlp": "mlp"}
