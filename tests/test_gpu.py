@@ -150,3 +150,29 @@ def test_a_recorded_step_is_the_same_step(variant):
         losses.append([train.train_epoch(config, step, e)["loss"] for e in range(2)])
         assert (step.graph is not None) == on
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def infers_and_learns(device):
+    """What the baseline makes of twenty digits on a device: with a known model, and after learning a little."""
+    from seqjepa_nb.images import load_images, to_float
+    from seqjepa_nb.lie import LieSparseCoder
+    g = torch.Generator().manual_seed(0)
+    x = to_float(load_images("mnist", 64, 64).train[:20]).flatten(1)
+    coder = LieSparseCoder(templates=3, torus=1, planes=6, multiplicity=2, grid=16, pair_epochs=2, restarts=2, restart_epochs=2, epochs=2,
+                           batch=10, neighbours=3, device=device, dtype="float64", verbose=False)
+    planes, templates = torch.linalg.qr(torch.randn(784, 12, generator=g).double())[0], torch.rand(784, 3, generator=g).double()
+    known = coder.known(planes, templates / templates.norm(dim=0))
+    found = [torch.as_tensor(v).cpu() for v in (known.transform(x), known.inverse_transform(known.transform(x)), known.score(x))]
+    return found, coder.fit(x).score(x)
+
+
+def test_the_baseline_learns_here():
+    found, score = infers_and_learns("cpu")
+    assert found[0].shape == (20, 4) and all(v.isfinite().all() for v in found) and score > 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_baseline_infers_on_a_gpu_what_it_infers_here_and_learns_there():
+    (here, _), (there, score) = infers_and_learns("cpu"), infers_and_learns("cuda")
+    torch.testing.assert_close(there, here, rtol=1e-6, atol=1e-8)
+    assert score > 1
