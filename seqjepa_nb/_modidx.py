@@ -504,6 +504,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'seqjepa_nb/trajectories.py'),
                                          'seqjepa_nb.trajectories.combined_trajectories': ( 'trajectories.html#combined_trajectories',
                                                                                             'seqjepa_nb/trajectories.py'),
+                                         'seqjepa_nb.trajectories.own_planes': ( 'trajectories.html#own_planes',
+                                                                                 'seqjepa_nb/trajectories.py'),
                                          'seqjepa_nb.trajectories.rotation_circle': ( 'trajectories.html#rotation_circle',
                                                                                       'seqjepa_nb/trajectories.py'),
                                          'seqjepa_nb.trajectories.sweep_traj_rot': ( 'trajectories.html#sweep_traj_rot',

@@ -18,7 +18,7 @@ from .config import TITLES
 TURN = "R² turn, two views"
 NUMBERS = {"top-2 share": "ev", "each anchor": "ev_anchor", "own action's error": "own_action_error",
            "best map's error": "equivariance_error", "doing nothing": "unmoved_error",
-           TURN: None, "R² angle": "r2", "R² outside": "outside", "class inside": "class_subspace", "class z_agg": None}
+           TURN: None, "R² angle": "whole", "R² outside": "outside", "class inside": "class_subspace", "class z_agg": None}
 """Title of a number -> its key among the controlled ones of a factor; None for the two that are not there."""
 ERRORS = ("own action's error", "best map's error", "doing nothing")
 VARY = 2 / 5
@@ -194,12 +194,13 @@ def mean(found: list) -> dict:
 
 
 def _one_measure(alike):
-    """The runs of one arm with what is imposed taken out of their controlled numbers, what is read outside a subspace put in,
+    """The runs of one arm with what is imposed taken out of their controlled numbers, what is read of z and outside a subspace put in,
     and errors of one definition."""
     found = []
     for r in alike:
         c = measure.unimposed(r.metrics["controlled"], r.config.get("encoder"))
-        found.append(c | {"factors": {f: report | {"outside": measure.outside(report)} for f, report in c["factors"].items()}})
+        read = lambda report: {"whole": measure.whole(report), "outside": measure.outside(report)}
+        found.append(c | {"factors": {f: report | read(report) for f, report in c["factors"].items()}})
     return [dataclasses.replace(r, metrics=r.metrics | {"controlled": c}) for r, c in zip(alike, measure.one_measure(found))]
 
 # %% ../nbs/17_arms.ipynb #bb5806bf

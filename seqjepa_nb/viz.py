@@ -317,6 +317,6 @@ def history_curves(history) -> Figure:
 # %% ../nbs/06_viz.ipynb #0d7f2b78
 #: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
-            (trajectories.sweep_traj_rot, trajectories.rotation_circle, trajectories.class_circles,
+            (trajectories.sweep_traj_rot, trajectories.own_planes, trajectories.rotation_circle, trajectories.class_circles,
              trajectories.combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, head_heatmap,
              trajectories.translation_lines, view_strip, image_rows, torus_posterior, inferred_codes, history_curves)}
