@@ -57,7 +57,7 @@ def named(run: runs.Run) -> str:
     return TITLES[run.config["variant"]] + (f" ({run.changes_in_words})" if run.overridden else "")
 
 
-OLDER = "errors on the last 64 of the 256 digits only, as they were measured before"
+OLDER = "errors from the last 64 of the 256 digits, as an older version of the measurement took them"
 """What tables say under such numbers."""
 
 
