@@ -1,4 +1,5 @@
 """The book builds without a warning, lists every chapter in both tables of contents, and types no run's number."""
+import ast
 import csv
 import importlib
 import json
@@ -160,6 +161,13 @@ def test_every_notebook_run_and_module_has_a_chapter():
     runs = {f"book/runs/{p.parent.name}/{p.stem}" for p in BOOK.glob("runs/*/*.ipynb")}
     modules = {f"book/api/{p.stem}" for p in (ROOT / "seqjepa_nb").glob("[a-z]*.py")}
     assert (notebooks | runs | modules) - listed == set()
+
+
+def test_the_list_of_modules_says_what_each_says_of_itself():
+    shown = (BOOK / "api" / "index.md").read_text().splitlines()
+    for path in (ROOT / "seqjepa_nb").glob("[a-z]*.py"):
+        about = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+        assert f"- [{path.stem}]({path.stem}.md): {about}" in shown, path.stem
 
 
 def test_published_runs_name_no_folder_of_the_machine_they_ran_on():
