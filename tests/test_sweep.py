@@ -141,7 +141,7 @@ def test_every_published_run_is_in_a_sweep():
     from seqjepa_nb.sweep import read_sweep
     made = {job.folder.name for path in (ROOT / "sweeps").glob("*.yml") for job in read_sweep(path, executor="slurm").jobs}
     published = {path.parent.name for path in ROOT.glob("book/runs/*/config.json")}
-    assert len(published) > 100 and not published - made, sorted(published - made)
+    assert len(published) > 100 and not published - made, f"add these to a file in sweeps/: {sorted(published - made)}"
 
 
 def test_slurm_gets_each_job(tmp_path, calm, monkeypatch):
