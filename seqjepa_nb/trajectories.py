@@ -147,7 +147,7 @@ def own_planes(pictures: dict) -> Figure:
     Parameters
     ----------
     pictures : dict
-        Title -> picture (h, w, c).
+        Name -> (picture (h, w, c), its factor's part of the controlled numbers, of which the title says `ev` and `ev_anchor`).
 
     Raises
     ------
@@ -158,14 +158,15 @@ def own_planes(pictures: dict) -> Figure:
         raise ValueError("pictures: at least one expected")
     fig = _picture(4 * len(pictures), 4.2)
     axes = fig.subplots(1, len(pictures), squeeze=False, width_ratios=[4] * (len(pictures) - 1) + [5])[0]
-    for ax, (title, picture) in zip(axes, pictures.items()):
+    for ax, (name, (picture, report)) in zip(axes, pictures.items()):
         h, w = picture.shape[:2]
         body = picture[int(0.1 * h):]  # without the titles
         blank = (body[..., :3] >= 0.97 * body.max()).all((0, 2))  # (w,)
         start = int(0.42 * w) + blank[int(0.42 * w):int(0.48 * w)].argmax()  # between the two panels
         ax.imshow(body[:, start:None if ax is axes[-1] else int(0.89 * w)])
         ax.set_axis_off()
-        ax.set_title(title, fontsize=9)
+        ax.set_title(f"{name}: of the movement, one plane\nfor all images holds {report['ev']:.0%}, "
+                     f"a plane for each {report['ev_anchor']:.0%}", fontsize=9)
     return fig
 
 # %% ../nbs/06_trajectories.ipynb #702650b4
