@@ -468,6 +468,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'seqjepa_nb.torus._turned': ('torus.html#_turned', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.act': ('torus.html#act', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.generator_loss': ('torus.html#generator_loss', 'seqjepa_nb/torus.py'),
+                                  'seqjepa_nb.torus.moving_pays': ('torus.html#moving_pays', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.phase_loss': ('torus.html#phase_loss', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.pose_dims': ('torus.html#pose_dims', 'seqjepa_nb/torus.py'),
                                   'seqjepa_nb.torus.stay_loss': ('torus.html#stay_loss', 'seqjepa_nb/torus.py'),
