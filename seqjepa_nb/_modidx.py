@@ -492,6 +492,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'seqjepa_nb.train.prepare': ('train.html#prepare', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.rate_at': ('train.html#rate_at', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.rewind': ('train.html#rewind', 'seqjepa_nb/train.py'),
+                                  'seqjepa_nb.train.stay_at': ('train.html#stay_at', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.train_epoch': ('train.html#train_epoch', 'seqjepa_nb/train.py'),
                                   'seqjepa_nb.train.unpack': ('train.html#unpack', 'seqjepa_nb/train.py')},
             'seqjepa_nb.trajectories': { 'seqjepa_nb.trajectories._code': ('trajectories.html#_code', 'seqjepa_nb/trajectories.py'),

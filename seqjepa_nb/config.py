@@ -52,6 +52,7 @@ class Config:
     turn_weight: float = 2.0
     phase_weight: float = 1.0
     stay_weight: float = 4.0
+    stay_rise: float = 0.0
     content_rate_weight: float = 0.01
     content_norm: float = 1.0
     slow: float = 0.0
@@ -129,18 +130,19 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 IDLE = (  # settings that nothing reads, and when
     (lambda c: c.group == "none", "the group is none",
-     ("turn_weight", "phase_weight", "stay_weight", "content_rate_weight", "content_norm", "slow", "scale_gain")),
+     ("turn_weight", "phase_weight", "stay_weight", "stay_rise", "content_rate_weight", "content_norm", "slow", "scale_gain")),
     (lambda c: c.group != "generator", "only a learned generator has planes", ("planes",)),
     (lambda c: c.group != "known", "only a known action has phases", ("phase_weight",)),
     (lambda c: "scale" not in MODES[c.mode], "nothing is scaled in this mode", ("scale_gain",)),
     (lambda c: MODES[c.mode] == ("rotation",), "only rotation moves in this mode", ("slow",)),
     (lambda c: c.rate == "none", "the rate is none", ("rate_weight", "rate_on")),
     (lambda c: c.target == "stop", "there is no teacher", ("decay",)),
-    (lambda c: not c.epochs, "nothing is trained", ("lr", "schedule", "warmup", "decay")),
+    (lambda c: not c.epochs, "nothing is trained", ("lr", "schedule", "warmup", "decay", "stay_rise")),
     (lambda c: c.aggregator != "transformer", "only a transformer has dropout", ("dropout",)),
     (lambda c: c.objective == "labels", "labels are learned",
      ("target", "decay", "predictor", "rate", "rate_weight", "rate_on", "predict_weight", "turn_weight", "phase_weight",
-      "stay_weight", "content_rate_weight")),
+      "stay_weight", "stay_rise", "content_rate_weight")),
+    (lambda c: not c.stay_weight, "nothing asks to stay", ("stay_rise",)),
 )
 
 
@@ -155,8 +157,10 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
     """
     asked = settings.request(Config, CHOICES, overrides, device, mode=mode, variant=variant, preset=preset, dataset=dataset, seed=seed)
     least = {"seed": 0, "width": 1, "n_train": 64, "n_test": 32, "views": 3, "batch": 4, "epochs": 0, "warmup": 0,
-             "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "slow": 0, "scale_gain": 0.01, "lr": 0, "decay": 0, "dropout": 0}
-    most = {"seed": 2**40, "decay": 1, "dropout": 0.9}  # a generator's seed has 64 bits, and an epoch's is a run's times some 10**5
+             "subspace_frequency": 1, "planes": 1, "content_norm": 0.01, "stay_rise": 0,
+             "slow": 0, "scale_gain": 0.01, "lr": 0, "decay": 0, "dropout": 0}
+    # a generator's seed has 64 bits, and an epoch's is a run's times some 10**5
+    most = {"seed": 2**40, "decay": 1, "dropout": 0.9, "stay_rise": 1}
     values = settings.settle(Config, {"precision": "auto"} | PRESETS[asked["preset"]] | VARIANTS[variant] | (overrides or {}) | asked,
                              least, most)
     place = resolve_device(asked["device"])

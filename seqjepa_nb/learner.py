@@ -45,6 +45,7 @@ class Learner(nn.Module):
     def __init__(self, config: Config, classes: int):
         super().__init__()
         self.told = config.group != "inferred"  # else no gradient of what reads actions reaches the pose codes
+        self.register_buffer("stay_weight", torch.tensor(config.stay_weight), persistent=False)  # here, since it may rise from step to step
         self.model = SeqJEPA(config.width, config.target, config.decay, encoder=config.encoder,
                              factors=MODES[config.mode] if config.group != "none" or config.encoder == "matching" else (),
                              planes=config.planes, content_norm=config.content_norm, slow=config.slow,
@@ -109,7 +110,7 @@ def loss_of(config: Config, learner: Learner, out, poses: Tensor, labels: Tensor
     if config.group != "none":
         pose, content = out.z.split([learner.model.pose_dim, learner.model.dim - learner.model.pose_dim], -1)
         asked = pose_loss(config, learner, pose, poses[:, :-1])
-        asked |= {"stay": (config.stay_weight, stay_loss(content)),
+        asked |= {"stay": (learner.stay_weight, stay_loss(content)),
                   "content_rate": (-config.content_rate_weight, normalised_rate(content.mean(1)))}
         loss = loss + sum(weight * value for weight, value in asked.values())
         parts |= {name: value for name, (_, value) in asked.items()}

@@ -175,7 +175,7 @@ def read_sweep(path, **changed) -> Sweep:
     jobs = {}
     for job in (j for grid in grids for j in expand(grid, runs_dir, values["executor"] == "local")):
         if (there := jobs.setdefault(job.folder, job)).config.dataset != job.config.dataset:
-            raise ValueError(f"{path.name}: {there.config.dataset} and {job.config.dataset} would share the folder {job.folder.name}, which "
+            raise ValueError(f"{path.name}: {there.config.dataset} and {job.config.dataset} would share {job.folder.name}, which "
                              "says no more of images than their folder's last name. Give one of them another")
     return Sweep(list(jobs.values()), runs_dir, values["executor"], values["jobs"], values["threads"], values["minutes"], values["slurm"])
 
