@@ -195,6 +195,12 @@ class Bench:
         return found
 
 
+def refused(why):
+    """Say why nothing more is done; returns the exit code."""
+    print(why, file=sys.stderr)
+    return 2
+
+
 def main(arguments=None):
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser("python book/gpu.py", description=__doc__.split("\n\n")[0])
@@ -213,7 +219,10 @@ def main(arguments=None):
                 "profile": bench.profile}
     there = given.device == "cpu" or torch.cuda.is_available()
     file = given.out / "speed.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        return refused(f"{file} cannot be read ({error}): move it away, or name another folder with --out.")
     card = runs.device_name(given.device) if there else None
     if there and found.get("card", card) != card:
         print(f"{file} holds measurements of another device, {found['card']}: move it away, or name another folder with --out.",
@@ -230,10 +239,13 @@ def main(arguments=None):
               "\n\nTo see the same path work on the CPU: python book/gpu.py --device cpu --tiny --out /tmp/gpu --runs-dir /tmp/gpu",
               file=sys.stderr)
         return 1
-    jobs = sweep.read_sweep(given.sweep, runs_dir=given.runs_dir)
-    known = sweep.known_runs(jobs.runs_dir)
-    print(f"then {sweep.total(sweep.plan(jobs, known), jobs.at_once)}"
-          + (f". Budget: {given.budget:g} s." if given.budget < math.inf else "."), flush=True)
+    try:
+        jobs = sweep.read_sweep(given.sweep, runs_dir=given.runs_dir)
+        known = sweep.known_runs(jobs.runs_dir)
+        print(f"then {sweep.total(sweep.plan(jobs, known), jobs.at_once)}"
+              + (f". Budget: {given.budget:g} s." if given.budget < math.inf else "."), flush=True)
+    except ValueError as error:
+        return refused(error)
     found["card"] = card
     found["environment"] = found.get("environment", {}) | {"torch": torch.__version__, "cuda": torch.version.cuda}
     late, broken = [], []
@@ -252,7 +264,10 @@ def main(arguments=None):
         files.write_json(file, found)
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
     torch.cuda.empty_cache()
-    states = sweep.run_sweep(jobs, known, budget=left()) if left() > 0 else {j.folder.name: sweep.stands(j)[0] for j in jobs.jobs}
+    try:
+        states = sweep.run_sweep(jobs, known, budget=left()) if left() > 0 else {j.folder.name: sweep.stands(j)[0] for j in jobs.jobs}
+    except ValueError as error:  # another sweep is at work here
+        return refused(error)
     files.write_json(file, found)
     open_ = [n for n, s in states.items() if s != "finished"]
     print(f"{len(states) - len(open_)} of {len(states)} runs finished; measurements in {file}.")

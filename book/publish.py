@@ -6,6 +6,7 @@ Copies each run's small files (configuration, metrics, history, figures; no weig
 import base64
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -49,9 +50,10 @@ def heading(name, config, notebook):
                        "lie_few_first": f"Lie-group baseline, {which} first"}
     about = (f"{config['mode'].capitalize().replace('_', ' and ')}: {titles[config['variant']]}"
              + "".join(f", {k} {v}" for k, v in changed.items() if k != "few")
-             + ("" if config["dataset"] == "mnist" else f", {config['dataset']}")
+             + ("" if config["dataset"] == "mnist" else f", {Path(config['dataset']).name}")
              + ("" if config["preset"] == "small" else f", {config['preset']}") + (f", seed {config['seed']}" if config["seed"] else ""))
-    asked = " ".join(f"-p {k} {config[k]}" for k in ("mode", "variant", "preset", "dataset", "seed"))
+    given = config if config["dataset"] in ("mnist", "cifar10") else config | {"dataset": f"path/to/{Path(config['dataset']).name}"}
+    asked = " ".join(f"-p {k} {shlex.quote(str(given[k]))}" for k in ("mode", "variant", "preset", "dataset", "seed"))
     more = ' -y "{overrides: ' + json.dumps(changed).replace('"', "") + '}"' if changed else ""
     told = (" The baseline gets **no action labels**, while seq-JEPA is given the relative actions." if "lie" in config["variant"] else
             " Its shares in two dimensions differ because what is moved differs: `subspace_ev_rot_2` of the history, and *all test deltas* "

@@ -432,6 +432,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'seqjepa_nb.sweep.last_error': ('sweep.html#last_error', 'seqjepa_nb/sweep.py'),
                                   'seqjepa_nb.sweep.left': ('sweep.html#left', 'seqjepa_nb/sweep.py'),
                                   'seqjepa_nb.sweep.main': ('sweep.html#main', 'seqjepa_nb/sweep.py'),
+                                  'seqjepa_nb.sweep.pick_card': ('sweep.html#pick_card', 'seqjepa_nb/sweep.py'),
                                   'seqjepa_nb.sweep.plan': ('sweep.html#plan', 'seqjepa_nb/sweep.py'),
                                   'seqjepa_nb.sweep.read_sweep': ('sweep.html#read_sweep', 'seqjepa_nb/sweep.py'),
                                   'seqjepa_nb.sweep.run_sweep': ('sweep.html#run_sweep', 'seqjepa_nb/sweep.py'),

@@ -353,6 +353,7 @@ def _train_and_measure(config, folder, log, images, limits, model, views, pick, 
         logs.log_history(log, row, row["epoch"])
     code = model.transform(views)
     scale = code[:, :model.templates].square().sum(1).mean().sqrt().clamp_min(1e-6).item()
+    lengths = views.flatten(1).norm(dim=1, keepdim=True).to(code)  # as in the history, where images have unit length
     main, short, planes, sweeps = yardstick(model, images, config.mode, limits, scale)
     test = measure.show_views(images.test,
                               sample_poses(len(images.test), 2, limits, torch.Generator().manual_seed(43))[:, 1:], limits)[:, 0]
@@ -367,7 +368,7 @@ def _train_and_measure(config, folder, log, images, limits, model, views, pick, 
     lie = {"snr": found["snr"], "snr_mean": found["snr_mean"], "snr_each": found["snr_each"],
            "snr_test": model.score(gray(test)), "objective": found["objective"], "restarts": model.restarts_,
            "few": {i: int(images.train_labels[i]) for i in chosen}, "alpha_scale": scale,
-           "active": float((code[:, :model.templates] > 1e-3).float().sum(1).mean()), "representations": short}
+           "active": float((code[:, :model.templates] > 1e-3 * lengths).float().sum(1).mean()), "representations": short}
     shown = sum(len(few if few is not None and row["phase"].startswith("first ") else views) for row in model.history_)
     environment = runs.environment(config.device, images.source, len(images.train), len(images.test), started,
                                    {"training": model.train_s_}, shown, began)

@@ -137,7 +137,9 @@ IDLE = (  # settings that nothing reads, and when
     (lambda c: MODES[c.mode] == ("rotation",), "only rotation moves in this mode", ("slow",)),
     (lambda c: c.rate == "none", "the rate is none", ("rate_weight", "rate_on")),
     (lambda c: c.target == "stop", "there is no teacher", ("decay",)),
-    (lambda c: not c.epochs, "nothing is trained", ("lr", "schedule", "warmup", "decay", "stay_rise")),
+    (lambda c: not c.epochs, "nothing is trained",
+     ("lr", "schedule", "warmup", "decay", "rate_weight", "predict_weight", "turn_weight", "phase_weight", "stay_weight", "stay_rise",
+      "content_rate_weight", "subspace_frequency")),
     (lambda c: c.aggregator != "transformer", "only a transformer has dropout", ("dropout",)),
     (lambda c: c.objective == "labels", "labels are learned",
      ("target", "decay", "predictor", "rate", "rate_weight", "rate_on", "predict_weight", "turn_weight", "phase_weight",
@@ -169,6 +171,8 @@ def make_config(mode: str = "rotation", variant: str = "original", preset: str =
     settings.check_choices(values, CHOICES)
     config = Config(**values)
     settings.refuse_idle(config, overrides, IDLE)
+    if config.epochs and config.warmup > config.epochs:
+        raise ValueError(f"warmup {config.warmup} is longer than the training: epochs {config.epochs}")
     if config.batch > config.n_train:
         raise ValueError(f"batch {config.batch} is larger than n_train {config.n_train}")
     if config.encoder in ("pixels", "matching") and (config.epochs or config.group != "none"):

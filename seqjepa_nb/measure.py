@@ -215,8 +215,8 @@ def _either(report, key):
 
 def whole(report: dict) -> float | None:
     """What is read of a factor from all of z, from its part of the controlled numbers: the larger R2 of the linear probe and the
-    MLP; None if neither was asked."""
-    return _either(report, "r2")
+    MLP; None if neither was asked. Where it is there already (`whole`, of several seeds their mean), that."""
+    return report.get("whole", _either(report, "r2"))
 
 
 def inside(report: dict) -> float | None:
@@ -225,8 +225,8 @@ def inside(report: dict) -> float | None:
 
 
 def outside(report: dict) -> float | None:
-    """The same from what is left without its subspace."""
-    return _either(report, "r2_complement")
+    """The same from what is left without its subspace (`outside`)."""
+    return report.get("outside", _either(report, "r2_complement"))
 
 
 class Goal(NamedTuple):

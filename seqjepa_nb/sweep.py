@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'AXES', 'DEFAULTS', 'EXECUTORS', 'COST', 'SIZE', 'Job', 'Sweep', 'expand', 'read_sweep', 'stands',
-           'known_runs', 'work', 'estimate', 'left', 'write_minutes', 'plan', 'total', 'start', 'end', 'last_error',
-           'why', 'running_text', 'fitting', 'Table', 'run_sweep', 'main']
+           'known_runs', 'work', 'estimate', 'left', 'write_minutes', 'plan', 'total', 'pick_card', 'start', 'end',
+           'last_error', 'why', 'running_text', 'fitting', 'Table', 'run_sweep', 'main']
 
 # %% ../nbs/13_sweep.ipynb #78e74d68
 import argparse
@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -61,14 +62,14 @@ class Job:
     folder: Path
     here: bool = True
 
-    def command(self, threads: int = 1) -> list:
-        """What starts it, from the repository's root; the executed notebook lies beside the run's folder."""
+    def command(self, threads: int = 1, card: str | None = None) -> list:
+        """What starts it, from the repository's root, on this GPU by CUDA's name; the executed notebook lies beside the run's folder."""
         plain = {k: v for k, v in self.parameters.items() if k != "overrides"} | {"runs_dir": str(self.folder.parent)}
         if "dataset" in plain:
             plain["dataset"] = self.config.dataset
         more = (["-y", yaml.safe_dump({"overrides": self.parameters["overrides"]}, default_flow_style=True, width=math.inf).strip()]
                 if self.parameters.get("overrides") else [])
-        return ["env", f"OMP_NUM_THREADS={threads}", sys.executable,
+        return ["env", f"OMP_NUM_THREADS={threads}", *([f"CUDA_VISIBLE_DEVICES={card}"] if card else []), sys.executable,
                 "-m", "papermill", f"nbs/{self.notebook}.ipynb", f"{self.folder}.ipynb", "--no-progress-bar",
                 "--log-level", "WARNING", *(w for k, v in plain.items() for w in ("-r" if _misread(v) else "-p", k, str(v))), *more]
 
@@ -283,9 +284,16 @@ def total(rows: list, at_once: int) -> str:
             + (f", and {blind} of unknown length" if blind and minutes else ""))
 
 # %% ../nbs/13_sweep.ipynb #c3659f09
+def pick_card(slot: int) -> str:
+    """The GPU of a slot as CUDA_VISIBLE_DEVICES names it: of those that this process may use, where that is said, else of all."""
+    said = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    cards = said or [str(i) for i in range(max(1, torch.cuda.device_count()))]
+    return cards[slot % len(cards)]
+
+
 def start(sweep: Sweep, job: Job, slot: int = 0):
     """Submit a job; `slot` picks the GPU on this machine. Returns submitit's handle."""
-    logs = sweep.runs_dir / ".jobs"
+    logs, card = sweep.runs_dir / ".jobs", None
     gpus = int(job.place == "cuda")
     if sweep.executor == "slurm":
         executor = submitit.AutoExecutor(logs / "%j", cluster="slurm")
@@ -293,11 +301,11 @@ def start(sweep: Sweep, job: Job, slot: int = 0):
                                    gpus_per_node=gpus, **{f"slurm_{k}": v for k, v in sweep.slurm.items()})
     else:
         executor = submitit.LocalExecutor(logs)
-        executor.update_parameters(timeout_min=sweep.minutes, signal_delay_s=1, gpus_per_node=gpus,
-                                   **({"visible_gpus": [slot % torch.cuda.device_count()]} if gpus else {}))
+        executor.update_parameters(timeout_min=sweep.minutes, signal_delay_s=1, gpus_per_node=gpus)
+        card = pick_card(slot) if gpus else None
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the terminal's interrupt reaches the sweep only
     try:
-        handle = executor.submit(submitit.helpers.CommandFunction(job.command(sweep.threads), cwd=runs.find_root()))
+        handle = executor.submit(submitit.helpers.CommandFunction(job.command(sweep.threads, card), cwd=runs.find_root()))
     finally:
         signal.signal(signal.SIGINT, usual)
     files.write_json(logs / f"{job.folder.name}.json", {"executor": sweep.executor, "job_id": handle.job_id})

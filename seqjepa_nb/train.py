@@ -173,8 +173,8 @@ def train_epoch(config: Config, step: Step, epoch: int, tick=lambda: None) -> di
     kept = torch.stack(kept)  # (steps, 1 + parts)
     if not kept[:, 0].isfinite().all():
         bad = int((~kept[:, 0].isfinite()).nonzero()[0])
-        raise FloatingPointError(f"the loss was not finite at step {bad + 1} of {steps} in epoch {epoch + 1}; "
-                                 f"the last good epoch is kept. Try a smaller lr than {config.lr:g}.")
+        raise FloatingPointError(f"the loss was not finite at step {bad + 1} of {steps} in epoch {epoch + 1}. "
+                                 f"Try a smaller lr than {config.lr:g}.")
     return dict(zip(step.names, kept.mean(0).tolist()))
 
 # %% ../nbs/08_train.ipynb #491af132
@@ -206,6 +206,8 @@ def memory_layout(model: nn.Module, device: str) -> torch.memory_format:
 def prepare(config: Config, images=None) -> tuple:
     """Images on the device (loaded unless given), ranges, learner, probes and the two optimisers of a run, as they
     are before the first epoch."""
+    if torch.device(config.device).type == "cuda":
+        torch.cuda.set_device(config.device)  # streams and recordings are made on the current one
     images = images or load_images(config.dataset, config.n_train, config.n_test).to(config.device)
     limits = ranges(config.mode, natural=images.natural)
     torch.manual_seed(config.seed)
@@ -221,6 +223,8 @@ def prepare(config: Config, images=None) -> tuple:
         upright = (torch.randperm(len(images.train), generator=torch.Generator().manual_seed(config.seed))[:8 * config.width]
                    .to(config.device))
         learner.model.encoder.fit(make_views(images, upright, torch.zeros(len(upright), 1, 4, device=config.device), limits)[:, 0], limits)
+    if config.encoder in ("pixels", "matching"):
+        learner.model.teacher.load_state_dict(learner.model.encoder.state_dict())  # it was copied before
     probes = OnlineProbes(learner.model.dim, learner.model.agg_dim, len(images.classes)).to(config.device)
     trained = [p for p in learner.parameters() if p.requires_grad]
     on_gpu = torch.device(config.device).type == "cuda"
@@ -292,7 +296,8 @@ def _fit(config, folder, wandb_mode, images):
     if state_file.exists():
         tensors, meta = files.load_state(state_file)
         unpack(tensors, learner, probes, optimisers)
-        history, wandb_id = meta["history"], meta["wandb_id"]
+        history, wandb_id, before = meta["history"], meta["wandb_id"], meta.get("commit", code)
+        code = before if before.endswith(code) else f"{before}, then {code}"
         if meta["images"] != mark:
             raise ValueError(f"{state_file} belongs to other images than {config.dataset!r} holds now. "
                              f"Bring them back, or remove {folder} to begin anew.")
@@ -336,12 +341,14 @@ def _fit(config, folder, wandb_mode, images):
                 # a GPU's epoch can be shorter than writing it down
                 if (clock := time.perf_counter()) - kept_at >= 30 * cost or epoch + 1 == config.epochs:
                     files.save_state(state_file, pack(learner, probes, optimisers),
-                                     {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark})
+                                     {"history": history, "seconds": laps, "wandb_id": log.id, "images": mark, "commit": code})
                     kept, kept_at = epoch + 1, time.perf_counter()
                     cost = kept_at - clock
                 files.write_history(folder, history)
                 laps("saving")
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {kept} of {config.epochs} epochs are kept in {folder}.") from None
         except KeyboardInterrupt:
             say(f"\ninterrupted: {kept} of {config.epochs} epochs are kept in {folder}. The same command goes on from there.")
             raise

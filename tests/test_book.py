@@ -93,6 +93,13 @@ def test_publishing_lists_a_run_once(publishing, tmp_path):
             == json.loads((BOOK / "runs" / run / "metrics.json").read_text()))
 
 
+def test_a_published_run_names_no_folder_of_its_users_images(publishing, tmp_path):
+    publish, _, run = publishing
+    config = json.loads((tmp_path / "runs" / run / "config.json").read_text()) | {"dataset": "/home/somebody/my images"}
+    words = publish.heading(run.replace("mnist", "my_images"), config, "20_train")
+    assert "/home" not in words and "-p dataset 'path/to/my images'" in words, words
+
+
 @pytest.mark.parametrize("how, error", [("unfinished", SystemExit), ("too large", SystemExit),
                                         ("without its folder", SystemExit), ("broken off", ZeroDivisionError),
                                         ("broken off between the renames", ZeroDivisionError), ("killed between the renames", SystemExit)])

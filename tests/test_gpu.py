@@ -50,6 +50,20 @@ def test_the_whole_path(tmp_path, gpu, capsys, monkeypatch):
     assert gpu.main(command) == 1 and "another device" in capsys.readouterr().err
 
 
+def test_what_stands_in_the_way_is_said_and_nothing_is_measured(tmp_path, gpu, capsys, monkeypatch):
+    grid, out = tmp_path / "grid.yml", tmp_path / "out"
+    grid.write_text(yaml.safe_dump({"runs": {"mode": "rotation", "preset": "quick", "device": "cpu", "overrides": TINY}}))
+    command = ["--device", "cpu", "--tiny", "--out", str(out), "--runs-dir", str(tmp_path / "runs"), "--sweep", str(grid)]
+    monkeypatch.setattr(gpu.Bench, "matrix_rate", None)  # no measurement may begin
+    job = gpu.sweep.read_sweep(str(grid), runs_dir=str(tmp_path / "runs")).jobs[0]
+    job.folder.mkdir(parents=True)
+    gpu.files.write_json(job.folder / "config.json", job.config.to_dict() | {"lr": 0.5})  # another run's folder
+    assert gpu.main(command) == 2 and job.folder.name in capsys.readouterr().err
+    out.mkdir()
+    (out / "speed.json").write_text("{")
+    assert gpu.main(command) == 2 and "cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["search", "waits"])
 def test_a_measurement_that_fails_leaves_nothing_switched_on(gpu, monkeypatch, name):
     """What is measured after it would otherwise be measured with another setting."""

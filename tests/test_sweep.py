@@ -109,7 +109,7 @@ def test_a_job_is_stopped_after_its_minutes(tmp_path, calm):
     from seqjepa_nb.sweep import Job, Sweep, read_sweep, run_sweep
 
     class Long(Job):
-        def command(self, threads=1):
+        def command(self, threads=1, card=None):
             return [sys.executable, "-c", "import time; time.sleep(60)", str(self.folder)]
     (job,) = read_sweep(write(tmp_path, TINY)).jobs
     begun = time.time()
