@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.arms.Arms.largest': ('arms.html#arms.largest', 'seqjepa_nb/arms.py'),
                                  'seqjepa_nb.arms.Arms.means': ('arms.html#arms.means', 'seqjepa_nb/arms.py'),
                                  'seqjepa_nb.arms.Arms.more': ('arms.html#arms.more', 'seqjepa_nb/arms.py'),
+                                 'seqjepa_nb.arms.Arms.priced': ('arms.html#arms.priced', 'seqjepa_nb/arms.py'),
                                  'seqjepa_nb.arms.Arms.seeds': ('arms.html#arms.seeds', 'seqjepa_nb/arms.py'),
                                  'seqjepa_nb.arms.Verdict': ('arms.html#verdict', 'seqjepa_nb/arms.py'),
                                  'seqjepa_nb.arms.Verdict.learned': ('arms.html#verdict.learned', 'seqjepa_nb/arms.py'),

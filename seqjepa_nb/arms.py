@@ -12,7 +12,9 @@ import dataclasses
 import pandas as pd
 
 from . import measure, runs, tables
+from .affine import MODES
 from .config import TITLES
+from .torus import moving_pays, pose_dims
 
 # %% ../nbs/17_arms.ipynb #59ac92f9
 TURN = "R² turn, two views"
@@ -124,6 +126,20 @@ class Arms:
                 and key in (report := r.metrics["controlled"]["factors"]["rotation"])):
                 found.setdefault(named(r), []).append(report)
         return found
+
+    def priced(self, variant: str) -> dict:
+        """The runs of a variant in mode rotation that differ in width, digits and the two wishes on the content alone, from the beginning
+        of the training: (`torus.moving_pays`, preset, width, digits, weight of differing, of staying) -> one run a seed, sorted."""
+        found = {}
+        for r in self.runs:
+            c = r.config
+            if ((c["mode"], c["variant"]) == ("rotation", variant) and c["stay_weight"]
+                    and all(change.startswith(("width", "content_rate_weight", "stay_weight"))
+                            for change in r.changes.split(", ") if change)):
+                x = moving_pays(c["content_rate_weight"], c["stay_weight"], 8 * c["width"] - pose_dims(MODES["rotation"]), c["views"] - 1)
+                key = (x, c["preset"], *(c[k] for k in ("width", "n_train", "content_rate_weight", "stay_weight")))
+                found.setdefault(key, []).append(r)
+        return dict(sorted(found.items()))
 
     def means(self, mode: str, variant: str, preset: str) -> pd.Series:
         """The numbers of rotation, each the mean over an arm's seeds; empty if there is no run."""
