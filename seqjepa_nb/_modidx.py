@@ -372,6 +372,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.runs.read_runs': ('runs.html#read_runs', 'seqjepa_nb/runs.py')},
             'seqjepa_nb.settings': { 'seqjepa_nb.settings.check_choices': ('settings.html#check_choices', 'seqjepa_nb/settings.py'),
                                      'seqjepa_nb.settings.folder_name': ('settings.html#folder_name', 'seqjepa_nb/settings.py'),
+                                     'seqjepa_nb.settings.make_current': ('settings.html#make_current', 'seqjepa_nb/settings.py'),
                                      'seqjepa_nb.settings.refuse_idle': ('settings.html#refuse_idle', 'seqjepa_nb/settings.py'),
                                      'seqjepa_nb.settings.refuse_unknown': ('settings.html#refuse_unknown', 'seqjepa_nb/settings.py'),
                                      'seqjepa_nb.settings.request': ('settings.html#request', 'seqjepa_nb/settings.py'),

@@ -206,8 +206,7 @@ def memory_layout(model: nn.Module, device: str) -> torch.memory_format:
 def prepare(config: Config, images=None) -> tuple:
     """Images on the device (loaded unless given), ranges, learner, probes and the two optimisers of a run, as they
     are before the first epoch."""
-    if torch.device(config.device).type == "cuda":
-        torch.cuda.set_device(config.device)  # streams and recordings are made on the current one
+    settings.make_current(config.device)
     images = images or load_images(config.dataset, config.n_train, config.n_test).to(config.device)
     limits = ranges(config.mode, natural=images.natural)
     torch.manual_seed(config.seed)
