@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'TOP', 'CAPTIONS', 'eigs_rot', 'rank_monitor', 'overlap_heatmap', 'head_heatmap', 'view_strip', 'image_rows',
-           'torus_posterior', 'inferred_codes', 'history_curves']
+           'torus_posterior', 'inferred_codes', 'history_curves', 'over_price']
 
 # %% ../nbs/06_viz.ipynb #9471564a
 import inspect
@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from . import trajectories
 from .canvas import FAINT, PALETTE, SHOWN, _array, _axes, _closed, _picture
@@ -314,9 +315,52 @@ def history_curves(history) -> Figure:
         ax.axis("off")
     return fig
 
+# %% ../nbs/06_viz.ipynb #09aac915
+def over_price(points, panels: dict) -> Figure:
+    """Numbers of runs over what a content that moves gains, a panel a number.
+
+    A point a setting, the mean of its seeds. Right of the line a content that moves pays at the beginning of the training; if that alone
+    decided, points of one x would lie together, whatever their colour.
+
+    Parameters
+    ----------
+    points : DataFrame
+        A row a setting: `x`, finite and above 0 (`torus.moving_pays`), `width`, `digits`, `stay` (a weight; larger than the least is drawn
+        hollow), and a column a panel, parts of 1.
+    panels : dict
+        Column -> title.
+    """
+    missing = [c for c in ("x", "width", "digits", "stay", *panels) if c not in points]
+    if missing or not panels or not len(points):
+        raise ValueError(f"points needs rows, a panel, and the columns x, width, digits, stay and the panels'; missing: {missing}")
+    if not (np.isfinite(points["x"]) & (points["x"] > 0)).all():
+        raise ValueError("x must be finite and above 0")
+    fig = _picture(3 * len(panels), 3)
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
+    few, least, widths = points["digits"].min(), points["stay"].min(), sorted(points["width"].unique())
+    for ax, (column, title) in zip(axes, panels.items()):
+        for width, colour in zip(widths, PALETTE):
+            for _, p in points[points["width"] == width].iterrows():
+                ax.plot(p["x"], p[column], "o" if p["digits"] == few else "s", color=colour, ms=7,
+                        mfc=colour if p["stay"] == least else "white")
+        ax.axvline(1, color=FAINT, lw=3, zorder=0)
+        _axes(ax, title, "x: gain of moving / its cost")
+        ax.set(xscale="log", ylim=(0, 1.05))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+    for width, colour in zip(widths, PALETTE):
+        axes[0].plot([], [], "o", color=colour, label=f"width {width}")
+    if (points["digits"] > few).any():
+        axes[0].plot([], [], "s", color="0.4", label="more digits")
+    if (points["stay"] > least).any():
+        axes[0].plot([], [], "o", color="0.4", mfc="white", label="both weights larger")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    return fig
+
 # %% ../nbs/06_viz.ipynb #0d7f2b78
 #: What to look for in each figure, by the function's name.
 CAPTIONS = {f.__name__: " ".join(inspect.getdoc(f).split("\n\n")[1].split()) for f in
             (trajectories.sweep_traj_rot, trajectories.own_planes, trajectories.rotation_circle, trajectories.class_circles,
              trajectories.combined_trajectories, eigs_rot, rank_monitor, overlap_heatmap, head_heatmap,
-             trajectories.translation_lines, view_strip, image_rows, torus_posterior, inferred_codes, history_curves)}
+             trajectories.translation_lines, view_strip, image_rows, torus_posterior, inferred_codes, history_curves, over_price)}
