@@ -60,6 +60,7 @@ def test_published_runs_are_shown_as_they_ran(site):
         pictures = sum("image/png" in o.get("data", {}) for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", []))
         page = (site.html / path.relative_to(BOOK)).with_suffix(".html").read_text()
         assert pictures and page.count("<img") >= pictures and "Finding." in page
+        assert "tag_hide-input" in page  # its parameters: the heading has them as a command
 
 
 def test_a_run_that_a_chapter_names_is_a_link_to_its_page(site):

@@ -15,13 +15,14 @@ TAGS = {
 
 
 def translate(cell):
-    """Move a code cell's directives into its tags; None where nothing is left to run or show."""
+    """Move a code cell's directives into its tags, and fold parameters; None where nothing is left to run or show."""
     lines = "".join(cell["source"]).splitlines()
     directives = [m[1] for line in lines if (m := DIRECTIVE.match(line))]
     source = "\n".join(line for line in lines if not DIRECTIVE.match(line)).strip("\n")
     if not source or "nbdev_export(" in source:
         return None
-    tags = cell["metadata"].get("tags", []) + [TAGS[d] for d in directives if d in TAGS]
+    tags = cell["metadata"].get("tags", [])
+    tags = tags + [TAGS[d] for d in directives if d in TAGS] + ["hide-input"] * any(t.endswith("parameters") for t in tags)
     metadata = {**cell["metadata"], "tags": tags} if tags else cell["metadata"]
     return {**cell, "source": source, "metadata": metadata}
 
