@@ -140,13 +140,13 @@ class Arms:
         return found
 
     def priced(self, variant: str) -> dict:
-        """The runs of a variant in mode rotation that differ in width, digits and the two wishes on the content alone, from the beginning
-        of the training: `Price` -> one run a seed, in the order of x."""
+        """The runs of a variant in mode rotation that differ in preset, width, digits and the two wishes on the content alone, these from
+        the beginning of the training: `Price` -> one run a seed, in the order of x."""
         found = {}
         for r in self.runs:
             c = r.config
             if ((c["mode"], c["variant"]) == ("rotation", variant) and c["stay_weight"]
-                    and all(change.startswith(("width", "content_rate_weight", "stay_weight"))
+                    and all(change.startswith(("width", "n_train", "content_rate_weight", "stay_weight"))
                             for change in r.changes.split(", ") if change)):
                 x = moving_pays(c["content_rate_weight"], c["stay_weight"], 8 * c["width"] - pose_dims(MODES["rotation"]), c["views"] - 1)
                 key = Price(x, c["preset"], *(c[k] for k in ("width", "n_train", "content_rate_weight", "stay_weight")))
