@@ -76,7 +76,7 @@ GAP = ("original", "random", "pixels", "matching", "supervised", "torus", "torus
 
 
 class Price(NamedTuple):
-    """A setting of an arm in mode rotation: `x` what moving gains over what it costs (`torus.moving_pays`), preset, width, training digits,
+    """A setting of an arm: `x` what moving gains over what it costs (`torus.moving_pays`), preset, width, training digits,
     and the weights of the wishes that contents `differ` (`content_rate_weight`) and `stay` (`stay_weight`)."""
     x: float
     preset: str
@@ -139,16 +139,16 @@ class Arms:
                 found.setdefault(named(r), []).append(report)
         return found
 
-    def priced(self, variant: str) -> dict:
-        """The runs of a variant in mode rotation that differ in preset, width, digits and the two wishes on the content alone, these from
+    def priced(self, variant: str, mode: str = "rotation") -> dict:
+        """The runs of a variant in a mode that differ in preset, width, digits and the two wishes on the content alone, these from
         the beginning of the training: `Price` -> one run a seed, in the order of x."""
         found = {}
         for r in self.runs:
             c = r.config
-            if ((c["mode"], c["variant"]) == ("rotation", variant) and c["stay_weight"]
+            if ((c["mode"], c["variant"]) == (mode, variant) and c["stay_weight"]
                     and all(change.startswith(("width", "n_train", "content_rate_weight", "stay_weight"))
                             for change in r.changes.split(", ") if change)):
-                x = moving_pays(c["content_rate_weight"], c["stay_weight"], 8 * c["width"] - pose_dims(MODES["rotation"]), c["views"] - 1)
+                x = moving_pays(c["content_rate_weight"], c["stay_weight"], 8 * c["width"] - pose_dims(MODES[mode]), c["views"] - 1)
                 key = Price(x, c["preset"], *(c[k] for k in ("width", "n_train", "content_rate_weight", "stay_weight")))
                 found.setdefault(key, []).append(r)
         return dict(sorted(found.items()))
