@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from .affine import warp
 from .crate import CRATEBlock
@@ -28,8 +27,12 @@ from .torus import GroupHead, LiftedHead, pose_dims
 
 # %% ../nbs/03_model.ipynb #27a55f86
 def _stage(inner, outer, stride):
+    from torchvision.models.resnet import BasicBlock  # here, as it takes seconds to import, and not everyone builds a network
     down = None if stride == 1 and inner == outer else nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
-    return nn.Sequential(BasicBlock(inner, outer, stride, down), BasicBlock(outer, outer))
+    blocks = BasicBlock(inner, outer, stride, down), BasicBlock(outer, outer)
+    for block in blocks:
+        nn.init.zeros_(block.bn2.weight)
+    return nn.Sequential(*blocks)
 
 
 class ResNetEncoder(nn.Sequential):
@@ -43,8 +46,6 @@ class ResNetEncoder(nn.Sequential):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(m, BasicBlock):
-                nn.init.zeros_(m.bn2.weight)
 
 # %% ../nbs/03_model.ipynb #437161f7
 class LiftedEncoder(nn.Module):

@@ -18,11 +18,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import sklearn
 import torch
 
 import seqjepa_nb
@@ -113,7 +113,7 @@ def environment(device, data_source: str, n_train: int, n_test: int, started: fl
     train_s = seconds.get("training", 0.0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "sklearn": sklearn.__version__, "platform": f"{platform.system()} {platform.machine()}",
+            "sklearn": version("scikit-learn"), "platform": f"{platform.system()} {platform.machine()}",
             "cores": cores, "commit": code or commit(), "data": data_source, "train_images": n_train,
             "test_images": n_test, "peak_mb": round(peak_mb(device), 1), "wall_s": round(time.time() - started, 1),
             "train_s": round(train_s, 1), "seconds": {k: round(v, 1) for k, v in seconds.items()},
