@@ -12,17 +12,18 @@ TAGS = {
     "code-fold: true": "hide-input",
     "eval: false": "skip-execution",
 }
+PARAMETERS = {"parameters": "remove-cell", "injected-parameters": "hide-input"}  # a run's page names them in its command
 
 
 def translate(cell):
-    """Move a code cell's directives into its tags, and fold parameters; None where nothing is left to run or show."""
+    """Move a code cell's directives into its tags, and parameters out of sight; None where nothing is left to run or show."""
     lines = "".join(cell["source"]).splitlines()
     directives = [m[1] for line in lines if (m := DIRECTIVE.match(line))]
     source = "\n".join(line for line in lines if not DIRECTIVE.match(line)).strip("\n")
     if not source or "nbdev_export(" in source:
         return None
     tags = cell["metadata"].get("tags", [])
-    tags = tags + [TAGS[d] for d in directives if d in TAGS] + ["hide-input"] * any(t.endswith("parameters") for t in tags)
+    tags = tags + [TAGS[d] for d in directives if d in TAGS] + [PARAMETERS[t] for t in tags if t in PARAMETERS]
     metadata = {**cell["metadata"], "tags": tags} if tags else cell["metadata"]
     return {**cell, "source": source, "metadata": metadata}
 
