@@ -35,6 +35,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'seqjepa_nb.arms.named': ('arms.html#named', 'seqjepa_nb/arms.py'),
                                  'seqjepa_nb.arms.numbers': ('arms.html#numbers', 'seqjepa_nb/arms.py'),
                                  'seqjepa_nb.arms.older': ('arms.html#older', 'seqjepa_nb/arms.py'),
+                                 'seqjepa_nb.arms.price': ('arms.html#price', 'seqjepa_nb/arms.py'),
                                  'seqjepa_nb.arms.priced_points': ('arms.html#priced_points', 'seqjepa_nb/arms.py')},
             'seqjepa_nb.baseline': { 'seqjepa_nb.baseline.Config': ('baseline.html#config', 'seqjepa_nb/baseline.py'),
                                      'seqjepa_nb.baseline.Config.to_dict': ('baseline.html#config.to_dict', 'seqjepa_nb/baseline.py'),
